@@ -1,0 +1,34 @@
+"""Golden vectors: prompts and the reference logits that a right model must come close to.
+
+`golden.json` is a file of the version directory. Reference logits come from the fp32 forward of the weights as shipped
+(dequantised), so a node's kernels are judged against mathematics, not against another machine's kernels.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from wire.documents import Command, SchemaOne
+
+GOLDEN_FILE = "golden.json"
+GOLDEN_LIMIT_BYTES = 4 * 1024 * 1024
+
+
+class GoldenVector(Command):
+    """One prompt; `logits[j]` belongs to `columns[j]` of the vocabulary, at the prompt's last position."""
+
+    input_ids: Annotated[tuple[int, ...], Field(min_length=1, max_length=512)]
+    columns: Annotated[tuple[int, ...], Field(min_length=1, max_length=4096)]
+    logits: Annotated[tuple[float, ...], Field(min_length=1, max_length=4096)]
+    deviation: Annotated[float, Field(gt=0)]
+    """Standard deviation of the whole reference row, the unit of `tolerance`."""
+    argmax: int
+
+
+class GoldenSet(Command):
+    """`golden.json`. A row passes when RMS(logits - reference) / deviation <= tolerance and everything is finite."""
+
+    schema_: SchemaOne = 1
+    tolerance: Annotated[float, Field(gt=0, le=1)]
+    min_top1_agreement: Annotated[float, Field(ge=0, le=1)]
+    vectors: Annotated[tuple[GoldenVector, ...], Field(min_length=1, max_length=64)]

@@ -1,0 +1,113 @@
+"""What agent and runtime say to each other: `serving.json` on disk and the bodies of the admin socket.
+
+`serving.json` in the store is the one truth of what serves. The agent writes it (atomic rename); the runtime reads it
+at start and whenever `POST /v2/repository/models/{model}/load` nudges it.
+"""
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from wire.digest import Digest
+from wire.documents import Command, Report, SchemaOne
+from wire.manifest import Name
+from wire.messages import Counter, Text
+
+
+class ExecutionOptions(Command):
+    """How to run a model on this node; chosen by the probe."""
+
+    provider: str = "CPUExecutionProvider"
+    threads: Annotated[int, Field(ge=1, le=1024)]
+    spinning: bool = False
+    session_config: dict[str, str] = {}
+
+
+class ServingModel(Command):
+    """One model that serves. The directory is `versions/<decoded>` in the store."""
+
+    model: Name
+    release: Digest
+    version: str
+    decoded: Digest
+    options: ExecutionOptions
+    prepack: Digest | None = None
+    """Digest of the prepack cache, or None: served from the store, packed on the heap."""
+    cpu: str
+    """CPU that options and cache hold for, host description of runtime/cpu.py."""
+    onnxruntime: str
+
+
+class Serving(Command):
+    """`serving.json`."""
+
+    schema_: SchemaOne = 1
+    models: Annotated[tuple[ServingModel, ...], Field(max_length=64)] = ()
+
+
+class ProbeVerdict(StrEnum):
+    """How a probe ended; everything but PASSED keeps the candidate from serving."""
+
+    PASSED = "passed"
+    GOLDEN_MISMATCH = "golden_mismatch"
+    LOAD_FAILED = "load_failed"
+    CRASHED = "crashed"
+    TIMEOUT = "timeout"
+    OUT_OF_MEMORY = "out_of_memory"
+
+
+class ProbeRequest(Command):
+    """Body of `POST /v2/repository/models/{model}/probe`; both are directories `versions/<decoded>` of the store."""
+
+    candidate: Digest
+    incumbent: Digest | None = None
+    timeout_s: Annotated[float, Field(gt=0, le=3600)] = 120.0
+
+
+class ProbeReport(Report):
+    """Answer to a ProbeRequest; figures are None when the probe did not get that far."""
+
+    schema_: SchemaOne = 1
+    verdict: ProbeVerdict
+    detail: Text = ""
+    golden_rows: Counter = 0
+    golden_error: float | None = None
+    """Worst row's RMS difference of logits to the reference, as a share of the reference's standard deviation."""
+    golden_tolerance: float | None = None
+    top1_agreement: float | None = None
+    tokens_per_s: float | None = None
+    incumbent_tokens_per_s: float | None = None
+    load_s: float | None = None
+    peak_rss_bytes: Counter | None = None
+    options: ExecutionOptions | None = None
+    cpu: str = ""
+    onnxruntime: str = ""
+
+
+class ModelStats(Report):
+    """One row of `GET /v2/models/stats`; counters since the load, latencies over the last 256 requests."""
+
+    model: Name
+    version: str
+    decoded: Digest
+    requests: Counter
+    failures: Counter
+    prompt_tokens: Counter
+    completion_tokens: Counter
+    busy_s: Annotated[float, Field(ge=0)]
+    """Seconds that the engine thread spent inside steps."""
+    active: Counter
+    latency_p50_s: float | None = None
+    latency_p95_s: float | None = None
+    first_token_p50_s: float | None = None
+    tokens_per_s: float | None = None
+
+
+class RuntimeStats(Report):
+    """Body of `GET /v2/models/stats` on the admin socket."""
+
+    schema_: SchemaOne = 1
+    pid: Counter
+    started_s: float
+    models: tuple[ModelStats, ...] = ()

@@ -81,6 +81,15 @@ def seal_directory(directory: Path) -> None:
         _sync_directory(directory)
 
 
+def move_directory(source: Path, target: Path) -> None:
+    """Rename a directory, read-only ones included, durably; `target` must be free and on the same file system."""
+    with _wrapped(source):
+        os.chmod(source, _WRITABLE_DIRECTORY)
+        os.rename(source, target)
+        _sync_directory(target.parent)
+        _sync_directory(source.parent)
+
+
 def make_directory(directory: Path, *, mode: int = _WRITABLE_DIRECTORY) -> None:
     """Create `directory` and its missing parents durably; no fault when it exists."""
     with _wrapped(directory):

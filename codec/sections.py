@@ -1,0 +1,60 @@
+"""One section: the smallest of the codecs, and back.
+
+A section holds at most SECTION_LIMIT_BYTES of one plane. Its CRC-32 covers the decoded plane bytes, so that a codec
+that decodes to the right length but the wrong bytes is noticed where it happened.
+"""
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from codec.huffman import decode_huffman, encode_huffman
+from codec.planes import Bytes
+from codec.rice import decode_rice, encode_rice
+from wire.errors import ArtifactError, Code
+from wire.index import Section, SectionCodec
+
+
+@dataclass(frozen=True, slots=True)
+class CodedSection:
+    """A section's coded bytes with what the index says of it."""
+
+    codec: SectionCodec
+    raw_size: int
+    crc32: int
+    coded: bytes
+
+    def row(self, stream: int, plane: int) -> Section:
+        """Its row in the section table."""
+        return Section(stream, plane, self.codec, self.raw_size, len(self.coded), self.crc32)
+
+
+def encode_section(plane: Bytes, *, sparse_symbol_bits: int | None = None) -> CodedSection:
+    """Code `plane` (uint8 [n], n >= 1) with whichever codec is smallest; ties go to the cheaper one to decode.
+
+    `sparse_symbol_bits` (4 or 8) marks a difference, where most symbols of that width are zero: Rice is tried too.
+    """
+    raw = plane.tobytes()
+    candidates = [(SectionCodec.RAW, raw), (SectionCodec.HUFFMAN, encode_huffman(raw))]
+    if sparse_symbol_bits is not None:
+        candidates.append((SectionCodec.RICE, encode_rice(plane, sparse_symbol_bits)))
+    codec, coded = min(candidates, key=lambda candidate: len(candidate[1]))
+    return CodedSection(codec, len(raw), zlib.crc32(raw), coded)
+
+
+def decode_section(section: Section, coded: bytes | memoryview) -> Bytes:
+    """The plane bytes, uint8 [section.raw_size]; ArtifactError(bad_section) on anything else."""
+    if len(coded) != section.coded_size:
+        raise ArtifactError(Code.BAD_SECTION, "section is cut short; fetch the artifact again")
+    if section.codec is SectionCodec.RAW:
+        plane = np.frombuffer(coded, np.uint8)
+    elif section.codec is SectionCodec.HUFFMAN:
+        plane = np.frombuffer(decode_huffman(coded, section.raw_size), np.uint8)
+    elif section.codec is SectionCodec.RICE:
+        plane = decode_rice(coded, section.raw_size)
+    else:
+        raise ArtifactError(Code.BAD_SECTION, f"codec {section.codec.name} is not known here; upgrade this node")
+    if plane.size != section.raw_size or zlib.crc32(plane.data) != section.crc32:
+        raise ArtifactError(Code.BAD_SECTION, "section decodes to other bytes than were packed; fetch it again")
+    return plane

@@ -2,8 +2,8 @@
 
 Frames of the index come first, because only they can be verified against the manifest; the index then verifies the
 rest. Invariants: a frame counts only when its hash is right; `seen`, by which the depot paces itself and decides on
-repeats, moves only by such frames, so that a stranger's frame can neither stall nor hurry a pass; what `verified_frames`
-says may be reported as done only once it was journalled (see `due`).
+repeats, moves only by such frames, so that a stranger's bytes can neither stall nor hurry a pass; what is verified here
+survives a crash only once it was journalled (see `due`).
 """
 
 import hashlib
@@ -64,8 +64,9 @@ def credit_for(rate_limit_bytes_per_s: int) -> Credit:
 class Fetch:
     """One artifact on its way; `verified` starts as the journal has it."""
 
-    def __init__(self, node: str, manifest: Manifest, verified: Bitmap, credit: Credit) -> None:
+    def __init__(self, node: str, artifact: str, manifest: Manifest, verified: Bitmap, credit: Credit) -> None:
         self._node = node
+        self._artifact = artifact
         self._manifest = manifest
         self._index: Index | None = None
         self._index_frames = len(manifest.index_frames)
@@ -183,6 +184,7 @@ class Fetch:
     def _want(self, missing: Bitmap) -> Want:
         return Want(
             node=self._node,
+            artifact=self._artifact,
             frames=missing.length,
             missing=Want.encode_missing(missing),
             seen_epoch=self._seen[0],

@@ -49,9 +49,8 @@ class Store:
         for directory in (self.root, self.versions_directory, self.staging_directory, self.work_directory):
             files.make_directory(directory)
         removed = [self._remove(path) for path in sorted(self.work_directory.iterdir())]
-        for path in sorted(self.staging_directory.iterdir()):
-            if path.name.partition(".")[0] not in staged or path.name.startswith("."):
-                removed.append(self._remove(path))
+        strays = (path for path in self.staging_directory.iterdir() if path.name.partition(".")[0] not in staged)
+        removed += [self._remove(path) for path in sorted(strays)]
         served = {entry.decoded for entry in self.serving().models}
         versions = set()
         for path in sorted(self.versions_directory.iterdir()):

@@ -1,0 +1,132 @@
+"""A checkpoint to a version directory: import, quantise, graph, golden vectors, version.json.
+
+The directory is written under a temporary name beside its place and renamed at the end; a crash leaves the temporary
+name, which the next build of that place removes.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto
+from tokenizers import Tokenizer
+
+from codec.versions import VERSION_FILE, read_version, stream_bytes
+from forge.checkpoint import Architecture, Checkpoint
+from forge.decoder_weights import place_weights
+from forge.golden import make_golden, write_golden
+from forge.graph import build_graph
+from forge.quantise import Float
+from forge.reference import MODEL_FILE, shipped_judge, twin_judge
+from forge.weights import WEIGHTS_FILE, writing_weights
+from wire.documents import encode_document
+from wire.errors import ConfigError
+from wire.golden import GOLDEN_FILE
+from wire.manifest import DecoderConfig, FileEntry, Layout, TensorColumns, VersionDocument, streams_of
+
+TOKENIZER_FILE = "tokenizer.json"
+TEMPLATE_FILE = "chat_template.jinja"
+FILES = (MODEL_FILE, WEIGHTS_FILE, TOKENIZER_FILE, TEMPLATE_FILE, GOLDEN_FILE)
+
+PLAIN_TEMPLATE = "{%- for message in messages -%}{{ message['content'] }}{{ '\\n\\n' if not loop.last }}{%- endfor -%}"
+"""For checkpoints without a chat template: the messages' texts joined by blank lines."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, of)."""
+
+
+def build_version(
+    source: Path, out: Path, *, model: str, version: str, scales_of: Path | None = None,
+    progress: Progress | None = None,
+) -> VersionDocument:  # fmt: skip
+    """Build the version directory `out` from the checkpoint `source`; `scales_of` names the version whose scales are
+    kept where they fit, so that a delta to it is sparse.
+
+    Raises ConfigError or ArtifactError with a remedy when the checkpoint does not fit.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists; remove it or choose another place for the version")
+    checkpoint = Checkpoint(source)
+    temporary = out.with_name(f".{out.name}.building")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    base_scales = read_scales(scales_of) if scales_of else None
+    with writing_weights(temporary) as writer:
+        weights = place_weights(checkpoint, writer, base_scales=base_scales, progress=progress)
+    graph = build_graph(checkpoint.architecture, weights)
+    assert all(t.data_location == TensorProto.EXTERNAL or len(t.raw_data) < 4096 for t in graph.graph.initializer)  # noqa: S101  the graph file stays small
+    (temporary / MODEL_FILE).write_bytes(graph.SerializeToString(deterministic=True))
+    _copy_text(source, temporary)
+    columns = writer.columns(FILES.index(WEIGHTS_FILE))
+    identity = (model, version, _config(checkpoint.architecture))
+    draft = _describe(temporary, identity, columns, FILES[:-1])
+    if progress is not None:
+        progress("golden vectors", 0, 1)
+    tokenizer = Tokenizer.from_file(str(temporary / TOKENIZER_FILE))
+    reference, shipped = twin_judge(temporary, draft), shipped_judge(temporary, draft)
+    write_golden(make_golden(reference, shipped, tokenizer, checkpoint.architecture.vocab_size), temporary)
+    document = _describe(temporary, identity, columns, FILES)
+    (temporary / VERSION_FILE).write_bytes(encode_document(document))
+    temporary.rename(out)
+    return document
+
+
+def reseal_version(directory: Path) -> VersionDocument:
+    """Write version.json anew after files were changed; names, sizes and tensors must be as before."""
+    old = read_version(directory)
+    names = tuple(entry.path for entry in old.files)
+    document = _describe(directory, (old.model, old.version, old.config), old.tensors, names)
+    (directory / VERSION_FILE).write_bytes(encode_document(document))
+    return document
+
+
+def read_scales(directory: Path) -> dict[str, Float]:
+    """The scales of a version by tensor name, float32 [rows, blocks]."""
+    version = read_version(directory)
+    scales: dict[str, Float] = {}
+    shapes = dict(zip(version.tensors.name, version.tensors.shape, strict=True))
+    for stream in streams_of(version):
+        if stream.layout is Layout.F32_BF16_GRID:
+            scales[stream.name] = stream_bytes(directory, stream).view(np.float32).reshape(shapes[stream.name])
+    return scales
+
+
+def _copy_text(source: Path, out: Path) -> None:
+    """Tokenizer and chat template, the plain one when the checkpoint has none."""
+    if not (source / TOKENIZER_FILE).is_file():
+        raise ConfigError(f"{source} has no {TOKENIZER_FILE}; export the fast tokenizer beside the weights")
+    shutil.copyfile(source / TOKENIZER_FILE, out / TOKENIZER_FILE)
+    template = source / TEMPLATE_FILE
+    (out / TEMPLATE_FILE).write_text(template.read_text() if template.is_file() else PLAIN_TEMPLATE)
+
+
+def _config(a: Architecture) -> DecoderConfig:
+    return DecoderConfig(
+        layers=a.layers, hidden_size=a.hidden_size, kv_heads=a.kv_heads, head_size=a.head_size,
+        vocab_size=a.vocab_size, context_tokens=a.context_tokens, bos_token_id=a.bos_token_id,
+        eos_token_ids=a.eos_token_ids,
+    )  # fmt: skip
+
+
+def _describe(
+    directory: Path, identity: tuple[str, str, DecoderConfig], tensors: TensorColumns, names: tuple[str, ...]
+) -> VersionDocument:
+    entries = []
+    for name in names:
+        with (directory / name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        entries.append(FileEntry(path=name, size_bytes=(directory / name).stat().st_size, sha256=digest))
+    model, version, config = identity
+    return VersionDocument(model=model, version=version, config=config, files=tuple(entries), tensors=tensors)
+
+
+def parameters_of(version: VersionDocument) -> int:
+    """How many weights the version holds: scales are the price of quantisation, not weights."""
+    columns = version.tensors
+    rows = range(len(columns.name))
+    return sum(int(np.prod(columns.shape[r])) for r in rows if columns.layout[r] is not Layout.F32_BF16_GRID)
+
+

@@ -1,0 +1,77 @@
+"""Making golden vectors: prompts whose reference logits notice a wrong layer.
+
+A row's error is the RMS difference of the chosen columns divided by the standard deviation of the whole reference row.
+Int8 activations cost a right int4 model 1 to 6 % on x86 and Arm kernels; a shuffled layer costs 50 % and more, so the
+tolerance between them needs no tuning per model; it is widened only when this very model needs more.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from forge.quantise import Float
+from forge.reference import Judge
+from wire.documents import encode_document
+from wire.golden import GOLDEN_FILE, GoldenSet, GoldenVector
+
+TOLERANCE = 0.2
+MARGIN = 3.0
+TOP_COLUMNS = 48
+RANDOM_COLUMNS = 208
+MIN_TOP1_AGREEMENT = 0.5
+"""Near ties flip the argmax between kernels; a wrong model agrees almost nowhere."""
+
+PROMPTS = (
+    "The",
+    "It was late in the evening when the",
+    "She opened the letter slowly, and read",
+    "There were three men in the boat, and each of them said that",
+    "\"I do not know,\" he answered; \"but if you will come with me to the village, we shall",
+    "1, 2, 3, 4, 5, 6, 7,",
+    "In the beginning of the year the roads were bad, the rivers were high, and nobody travelled unless he must; so",
+    "My dear sir, you will forgive me for writing at such length about a matter which concerns you little, but I have "
+    "nobody else to whom I can turn, and the lawyers, as you know, will not",
+)
+
+
+def make_golden(reference: Judge, shipped: Judge, tokenizer: Tokenizer, vocab_size: int) -> GoldenSet:
+    """Golden vectors of `reference`, with a tolerance that leaves `shipped` a margin on this machine."""
+    random = np.random.default_rng(0)
+    vectors, errors = [], []
+    for prompt in PROMPTS:
+        ids = [int(token) for token in tokenizer.encode(prompt).ids]
+        last = [len(ids) - 1]
+        row = reference.logits(ids, last)[0]
+        vector = _vector(ids, row, random, vocab_size)
+        vectors.append(vector)
+        errors.append(row_error(vector, shipped.logits(ids, last)[0]))
+    tolerance = max(TOLERANCE, MARGIN * max(errors))
+    return GoldenSet(
+        tolerance=min(round(tolerance, 4), 1.0), min_top1_agreement=MIN_TOP1_AGREEMENT, vectors=tuple(vectors)
+    )
+
+
+def row_error(vector: GoldenVector, row: Float) -> float:
+    """RMS difference of `row` (float32 [vocabulary]) to the vector, as a share of the reference's deviation."""
+    difference = row[list(vector.columns)] - np.asarray(vector.logits, np.float32)
+    return float(np.sqrt(np.mean(np.square(difference))) / vector.deviation)
+
+
+def write_golden(golden: GoldenSet, directory: Path) -> None:
+    """Write golden.json."""
+    (directory / GOLDEN_FILE).write_bytes(encode_document(golden))
+
+
+def _vector(ids: list[int], row: Float, random: np.random.Generator, vocab_size: int) -> GoldenVector:
+    top = np.argsort(-row, kind="stable")[:TOP_COLUMNS]
+    others = np.setdiff1d(np.arange(vocab_size), top)
+    chosen = random.choice(others, min(RANDOM_COLUMNS, others.size), replace=False)
+    columns = np.sort(np.concatenate([top, chosen]))
+    return GoldenVector(
+        input_ids=tuple(ids),
+        columns=tuple(int(column) for column in columns),
+        logits=tuple(round(float(row[column]), 5) for column in columns),
+        deviation=round(float(row.std()), 6),
+        argmax=int(np.argmax(row)),
+    )

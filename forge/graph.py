@@ -1,0 +1,214 @@
+"""The ONNX graph of a Llama decoder after the graph contract (docs/design.md section 6), with int4 or float matrices.
+
+Ops beyond the ONNX standard are onnxruntime's (domain com.microsoft, docs/ContribOperators.md there): MatMulNBits,
+GroupQueryAttention with rotary inside, GatherBlockQuantized, SkipSimplifiedLayerNormalization, QuickGelu. The rotary
+tables are computed in the graph from one small constant, because onnxruntime folds them at load and 4 bytes per entry
+of incompressible table would cost a small model several per cent of its wire.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from forge.checkpoint import Architecture
+from forge.quantise import BLOCK
+from forge.weights import Placed
+
+CONTRIB = "com.microsoft"
+OPSET = 21
+IR_VERSION = 10  # of ONNX 1.16: what onnxruntime >= 1.18 reads
+INT8_ACTIVATIONS = 4
+"""MatMulNBits accuracy_level: activations are quantised to int8, which the fast kernels of every CPU need."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A matrix [rows, columns] in weights.bin: int4 (`packed`, `scales`) or float32 stored transposed (`dense`)."""
+
+    rows: int
+    columns: int
+    packed: Placed | None = None
+    scales: Placed | None = None
+    dense: Placed | None = None
+
+
+@dataclass(slots=True)
+class GraphBuilder:
+    """Collects nodes and initializers; names of values are the names of the modules in the checkpoint."""
+
+    architecture: Architecture
+    nodes: list[NodeProto] = field(default_factory=list)
+    initializers: list[TensorProto] = field(default_factory=list)
+
+    def node(self, kind: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Any) -> str:
+        """Add a node; returns its first output."""
+        name = f"{outputs[0]}/{kind}"
+        self.nodes.append(helper.make_node(kind, inputs, outputs, name=name, domain=domain, **attributes))
+        return outputs[0]
+
+    def constant(self, name: str, value: Any, dtype: Any) -> str:
+        """Add a small constant inside the graph file."""
+        self.initializers.append(numpy_helper.from_array(np.asarray(value, dtype), name))
+        return name
+
+    def vector(self, name: str, placed: Placed) -> str:
+        """Add a float32 vector from weights.bin."""
+        self.initializers.append(placed.initializer(name, TensorProto.FLOAT, placed.shape))
+        return name
+
+    def matmul(self, name: str, source: str, matrix: Matrix) -> str:
+        """source [..., columns] times the transposed matrix: [..., rows]."""
+        if matrix.packed is None or matrix.scales is None:
+            assert matrix.dense is not None  # noqa: S101  a Matrix has one form or the other
+            shape = (matrix.columns, matrix.rows)
+            self.initializers.append(matrix.dense.initializer(f"{name}.weight", TensorProto.FLOAT, shape))
+            return self.node("MatMul", [source, f"{name}.weight"], [name])
+        blocks = matrix.columns // BLOCK
+        quantised = matrix.packed.initializer(f"{name}.packed", TensorProto.UINT8, (matrix.rows, blocks, BLOCK // 2))
+        scales = matrix.scales.initializer(f"{name}.scales", TensorProto.FLOAT, (matrix.rows, blocks))
+        self.initializers += [quantised, scales]
+        return self.node(
+            "MatMulNBits", [source, quantised.name, scales.name], [name], CONTRIB, K=matrix.columns, N=matrix.rows,
+            bits=4, block_size=BLOCK, accuracy_level=INT8_ACTIVATIONS,
+        )  # fmt: skip
+
+    def embed(self, name: str, ids: str, matrix: Matrix) -> str:
+        """Rows of the matrix by `ids` [B, S]: [B, S, columns]. int4 data is read where the LM head reads it."""
+        if matrix.packed is None or matrix.scales is None:
+            assert matrix.dense is not None  # noqa: S101  a Matrix has one form or the other
+            table = matrix.dense.initializer(f"{name}.table", TensorProto.FLOAT, matrix.dense.shape)
+            self.initializers.append(table)
+            return self.node("Gather", [table.name, ids], [name], axis=0)
+        packed = matrix.packed.initializer(f"{name}.packed", TensorProto.UINT8, (matrix.rows, matrix.columns // 2))
+        scales = matrix.scales.initializer(
+            f"{name}.scales", TensorProto.FLOAT, (matrix.rows, matrix.columns // BLOCK)
+        )
+        self.initializers += [packed, scales]
+        return self.node(
+            "GatherBlockQuantized", [packed.name, ids, scales.name], [name], CONTRIB, bits=4, block_size=BLOCK,
+            gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
+
+    def rotary_tables(self) -> tuple[str, str]:
+        """cos and sin of position times inverse frequency, [context, head_size / 2] (RoPE, arXiv 2104.09864)."""
+        a = self.architecture
+        exponent = np.arange(0, a.head_size, 2, dtype=np.float64) / a.head_size
+        self.constant("rotary.inverse_frequency", (a.rope_theta**-exponent)[None, :], np.float32)
+        for name, value in (("start", 0), ("limit", a.context_tokens), ("step", 1)):
+            self.constant(f"rotary.{name}", value, np.float32)
+        self.node("Range", ["rotary.start", "rotary.limit", "rotary.step"], ["rotary.range"])
+        self.constant("rotary.column", [1], np.int64)
+        self.node("Unsqueeze", ["rotary.range", "rotary.column"], ["rotary.positions"])
+        self.node("Mul", ["rotary.positions", "rotary.inverse_frequency"], ["rotary.angles"])
+        return (
+            self.node("Cos", ["rotary.angles"], ["rotary.cos"]),
+            self.node("Sin", ["rotary.angles"], ["rotary.sin"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights of one decoder layer: q, k and v stacked; gate and up stacked, so that each pair is one MatMul."""
+
+    input_norm: Placed
+    qkv: Matrix
+    output: Matrix
+    post_norm: Placed
+    gate_up: Matrix
+    down: Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Everything that the graph needs from weights.bin."""
+
+    embedding: Matrix
+    layers: list[Layer]
+    norm: Placed
+    head: Matrix
+
+
+def build_graph(architecture: Architecture, weights: Weights) -> ModelProto:
+    """The decoder graph; deterministic for the same input."""
+    b = GraphBuilder(architecture)
+    cos, sin = b.rotary_tables()
+    residual = b.embed("model.embed_tokens", "input_ids", weights.embedding)
+    normed = b.node(
+        "SimplifiedLayerNormalization",
+        [residual, b.vector("model.layers.0.input_norm.weight", weights.layers[0].input_norm)],
+        ["model.layers.0.input_norm"],
+        axis=-1,
+        epsilon=architecture.rms_epsilon,
+    )
+    for i, layer in enumerate(weights.layers):
+        attended = _attention(b, i, normed, layer, (cos, sin))
+        normed, residual = _skip_norm(b, f"model.layers.{i}.post_norm", (attended, residual), layer.post_norm)
+        fed = _mlp(b, f"model.layers.{i}.mlp", normed, layer)
+        last = i == len(weights.layers) - 1
+        name = "model.norm" if last else f"model.layers.{i + 1}.input_norm"
+        norm = weights.norm if last else weights.layers[i + 1].input_norm
+        normed, residual = _skip_norm(b, name, (fed, residual), norm)
+    _head(b, normed, weights.head)
+    return _model(b)
+
+
+def _attention(b: GraphBuilder, i: int, source: str, layer: Layer, tables: tuple[str, str]) -> str:
+    a, name = b.architecture, f"model.layers.{i}.attention"
+    qkv = b.matmul(f"{name}.qkv", source, layer.qkv)
+    inputs = [
+        qkv, "", "", f"past_key_values.{i}.key", f"past_key_values.{i}.value", "seqlens_k", "total_sequence_length",
+        *tables,
+    ]  # fmt: skip
+    outputs = [name, f"present.{i}.key", f"present.{i}.value"]
+    b.node(
+        "GroupQueryAttention", inputs, outputs, CONTRIB, num_heads=a.heads, kv_num_heads=a.kv_heads, do_rotary=1,
+        rotary_interleaved=0, scale=a.head_size**-0.5,
+    )  # fmt: skip
+    return b.matmul(f"{name}.output", name, layer.output)
+
+
+def _mlp(b: GraphBuilder, name: str, source: str, layer: Layer) -> str:
+    """SwiGLU: down(silu(gate) * up); QuickGelu with alpha 1 is silu."""
+    both = b.matmul(f"{name}.gate_up", source, layer.gate_up)
+    b.node("Split", [both], [f"{name}.gate", f"{name}.up"], axis=-1, num_outputs=2)
+    b.node("QuickGelu", [f"{name}.gate"], [f"{name}.silu"], CONTRIB, alpha=1.0)
+    b.node("Mul", [f"{name}.silu", f"{name}.up"], [f"{name}.product"])
+    return b.matmul(f"{name}.down", f"{name}.product", layer.down)
+
+
+def _skip_norm(b: GraphBuilder, name: str, sources: tuple[str, str], weight: Placed) -> tuple[str, str]:
+    """RMS norm of the sum; returns (normed, sum)."""
+    b.node(
+        "SkipSimplifiedLayerNormalization", [*sources, b.vector(f"{name}.weight", weight)],
+        [name, "", "", f"{name}.sum"], CONTRIB, epsilon=b.architecture.rms_epsilon,
+    )  # fmt: skip
+    return name, f"{name}.sum"
+
+
+def _head(b: GraphBuilder, source: str, head: Matrix) -> None:
+    """Logits of the rows that were asked for: prefill needs one row of a head that is a fifth of the model."""
+    b.constant("head.flat", [-1, b.architecture.hidden_size], np.int64)
+    b.node("Reshape", [source, "head.flat"], ["head.rows"])
+    b.node("Gather", ["head.rows", "logit_rows"], ["head.chosen"], axis=0)
+    b.matmul("logits", "head.chosen", head)
+
+
+def _model(b: GraphBuilder) -> ModelProto:
+    a = b.architecture
+    cache = ["B", a.kv_heads, "C", a.head_size]
+    inputs = [
+        helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "S"]),
+        helper.make_tensor_value_info("seqlens_k", TensorProto.INT32, ["B"]),
+        helper.make_tensor_value_info("total_sequence_length", TensorProto.INT32, []),
+        helper.make_tensor_value_info("logit_rows", TensorProto.INT64, ["R"]),
+    ]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["R", a.vocab_size])]
+    for i in range(a.layers):
+        for part in ("key", "value"):
+            inputs.append(helper.make_tensor_value_info(f"past_key_values.{i}.{part}", TensorProto.FLOAT, cache))
+            outputs.append(helper.make_tensor_value_info(f"present.{i}.{part}", TensorProto.FLOAT, cache))
+    graph = helper.make_graph(b.nodes, "decoder", inputs, outputs, b.initializers)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="amperage")

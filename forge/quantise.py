@@ -1,0 +1,110 @@
+"""Block-wise symmetric int4 on scales of the bfloat16 grid.
+
+A row of K weights is cut into blocks of 32; a block stores q = round(w / s) in [-8, 7] as q + 8 and one scale s. The
+scale is rounded to bfloat16 *before* quantising: the error does not change and a scale costs half the bytes
+(measured: 0.324 against 0.824 bits per weight). Among a few shrunken scales the one with the least squared error is
+kept, which clips a block's largest weight a little to place the others better.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wire.errors import ArtifactError, Code
+
+Float = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+BLOCK = 32
+ZERO_POINT = 8
+SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82)
+"""Shares of absmax / 7 that are tried as scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Matrix:
+    """A quantised matrix [rows, columns]; `packed` uint8 [rows, columns / 2], low nibble first; `scales` float32
+    [rows, columns / 32] on the bfloat16 grid."""
+
+    packed: Bytes
+    scales: Float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the matrix."""
+        return self.packed.shape[0], self.packed.shape[1] * 2
+
+    def dequantise(self) -> Float:
+        """float32 [rows, columns]: what the kernels compute with."""
+        levels = np.empty(self.shape, np.float32)
+        levels[:, 0::2] = self.packed & 0x0F
+        levels[:, 1::2] = self.packed >> 4
+        blocks = (levels - ZERO_POINT).reshape(self.shape[0], -1, BLOCK)
+        return np.asarray((blocks * self.scales[:, :, None]).reshape(self.shape), np.float32)
+
+
+def quantise_int4(name: str, weights: Float, base_scales: Float | None = None) -> Int4Matrix:
+    """Quantise `weights` [rows, columns]; with `base_scales` a block keeps the base's scale unless that would clip it,
+    so that the difference to the base stays sparse.
+
+    Raises ArtifactError(unsupported) when columns are no multiple of 32.
+    """
+    rows, columns = weights.shape
+    if columns % BLOCK:
+        raise ArtifactError(
+            Code.UNSUPPORTED,
+            f"tensor {name} has {columns} columns, no multiple of {BLOCK}; keep it in float or pad the model",
+        )
+    blocks = weights.reshape(rows, columns // BLOCK, BLOCK)
+    scales = _best_scales(blocks)
+    if base_scales is not None and base_scales.shape == scales.shape:
+        fits = np.abs(blocks).max(axis=2) <= base_scales * (ZERO_POINT + 0.5)
+        scales = np.where(fits & (base_scales > 0), base_scales, scales)
+    levels = _levels(blocks, scales).reshape(rows, columns).astype(np.uint8)
+    return Int4Matrix(levels[:, 0::2] | levels[:, 1::2] << 4, scales)
+
+
+def to_bf16_grid(values: Float) -> Float:
+    """`values` rounded to the nearest bfloat16 (ties to even), as float32."""
+    bits = values.astype(np.float32).view(np.uint32)
+    rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def _best_scales(blocks: Float) -> Float:
+    """The scale of least squared error per block, float32 [rows, blocks]; an all-zero block gets 2 ** -20."""
+    largest = np.abs(blocks).max(axis=2)
+    full = np.where(largest > 0, largest / 7, np.float32(2.0**-20)).astype(np.float32)
+    best = np.zeros_like(full)
+    least = np.full(full.shape, np.inf, np.float32)
+    for shrink in SHRINKS:
+        scales = to_bf16_grid(full * np.float32(shrink))
+        error = np.square((_levels(blocks, scales) - ZERO_POINT) * scales[:, :, None] - blocks).sum(axis=2)
+        better = error < least
+        best, least = np.where(better, scales, best), np.where(better, error, least)
+    return np.asarray(best, np.float32)
+
+
+def _levels(blocks: Float, scales: Float) -> Float:
+    """Stored levels 0..15 of `blocks` [rows, blocks, 32], as float32."""
+    return np.asarray(np.clip(np.rint(blocks / scales[:, :, None]), -8, 7) + ZERO_POINT, np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeFidelity:
+    """How much of a fine-tune's change dW survives quantisation; MSE alone cannot see a deleted fine-tune."""
+
+    cosine: float
+    sign_agreement: float
+    """Share of the weights whose quantised change is not zero and has the sign of the true change."""
+    changed: float
+
+
+def change_fidelity(true_change: Float, shipped_change: Float) -> ChangeFidelity:
+    """Compare the change of the float weights with the change of the dequantised ones."""
+    a, b = true_change.ravel().astype(np.float64), shipped_change.ravel().astype(np.float64)
+    norm = float(np.linalg.norm(a) * np.linalg.norm(b))
+    moved = b != 0
+    agree = float(np.mean(np.sign(a[moved]) == np.sign(b[moved]))) if moved.any() else 1.0
+    return ChangeFidelity(float(a @ b) / norm if norm else 1.0, agree, float(np.mean(moved)))

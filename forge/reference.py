@@ -1,0 +1,108 @@
+"""Judging by mathematics: the float32 twin of a model, and one way to run either.
+
+The twin of a version directory has the same graph with every int4 matrix dequantised to float32, so that its logits
+are what the shipped weights mean; the int4 kernels (int8 activations, another rounding on every CPU) are judged by it.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: the wheel phones home by default
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx.external_data_helper import load_external_data_for_model
+
+from forge.checkpoint import Checkpoint
+from forge.decoder_weights import place_weights
+from forge.graph import build_graph
+from forge.quantise import Float, Int4Matrix
+from forge.weights import writing_weights
+from wire.manifest import DecoderConfig, VersionDocument
+
+MODEL_FILE = "model.onnx"
+
+
+class Judge:
+    """A loaded decoder that returns logits of whole prompts; `threads` as onnxruntime counts them."""
+
+    def __init__(self, model: Path | bytes, layers: int, kv_heads: int, head_size: int) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = len(os.sched_getaffinity(0))
+        options.log_severity_level = 3
+        source = str(model) if isinstance(model, Path) else model
+        self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        self._layers, self._kv_heads, self._head_size = layers, kv_heads, head_size
+
+    def logits(self, ids: Sequence[int], rows: Sequence[int] | None = None) -> Float:
+        """Logits float32 [len(rows), vocabulary] of the prompt `ids` in one forward; all rows by default."""
+        length = len(ids)
+        empty = np.zeros((1, self._kv_heads, length, self._head_size), np.float32)
+        feeds: dict[str, NDArray[np.generic]] = {
+            "input_ids": np.asarray([ids], np.int64),
+            "seqlens_k": np.asarray([length - 1], np.int32),
+            "total_sequence_length": np.asarray(length, np.int32),
+            "logit_rows": np.asarray(range(length) if rows is None else rows, np.int64),
+        }
+        for i in range(self._layers):
+            feeds[f"past_key_values.{i}.key"] = feeds[f"past_key_values.{i}.value"] = empty
+        return np.asarray(self._session.run(["logits"], feeds)[0], np.float32)
+
+
+def shipped_judge(directory: Path, version: VersionDocument) -> Judge:
+    """The model as a node runs it: int4 kernels of this CPU."""
+    return Judge(directory / MODEL_FILE, *_shape(version.config))
+
+
+def twin_judge(directory: Path, version: VersionDocument) -> Judge:
+    """The float32 twin of a version directory."""
+    return Judge(float_twin(directory).SerializeToString(), *_shape(version.config))
+
+
+def checkpoint_judge(checkpoint: Checkpoint, scratch: Path) -> Judge:
+    """The checkpoint itself in float32; `scratch` is an empty directory that must outlive the judge."""
+    with writing_weights(scratch) as writer:
+        graph = build_graph(checkpoint.architecture, place_weights(checkpoint, writer, quantise=False))
+    (scratch / MODEL_FILE).write_bytes(graph.SerializeToString(deterministic=True))
+    a = checkpoint.architecture
+    return Judge(scratch / MODEL_FILE, a.layers, a.kv_heads, a.head_size)
+
+
+def float_twin(directory: Path) -> ModelProto:
+    """The graph of `directory` with MatMulNBits and GatherBlockQuantized replaced by MatMul and Gather in float32."""
+    model = onnx.load(str(directory / MODEL_FILE), load_external_data=False)
+    load_external_data_for_model(model, str(directory))
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    kept: dict[str, TensorProto] = dict(stored)
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
+            nodes.append(node)
+            continue
+        gathers = node.op_type == "GatherBlockQuantized"
+        packed, scales = node.input[0 if gathers else 1], node.input[2]
+        matrix = _dequantised(stored[packed], stored[scales])
+        name = f"{packed}.float"
+        kept[name] = numpy_helper.from_array(matrix if gathers else np.ascontiguousarray(matrix.T), name)
+        kept.pop(packed, None)
+        kept.pop(scales, None)
+        inputs = [name, node.input[1]] if gathers else [node.input[0], name]
+        nodes.append(helper.make_node("Gather" if gathers else "MatMul", inputs, list(node.output), name=node.name))
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(kept.values())
+    return model
+
+
+def _dequantised(packed: TensorProto, scales: TensorProto) -> Float:
+    blocks = numpy_helper.to_array(scales)
+    rows = blocks.shape[0]
+    return Int4Matrix(numpy_helper.to_array(packed).reshape(rows, -1), blocks.reshape(rows, -1)).dequantise()
+
+
+def _shape(config: DecoderConfig) -> tuple[int, int, int]:
+    return config.layers, config.kv_heads, config.head_size

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from onnx import TensorProto
 from tokenizers import Tokenizer
 
 from codec.versions import VERSION_FILE, read_version, stream_bytes
@@ -38,11 +37,11 @@ Progress = Callable[[str, int, int], None]
 
 
 def build_version(
-    source: Path, out: Path, *, model: str, version: str, scales_of: Path | None = None,
+    source: Path, out: Path, named: tuple[str, str], *, scales_of: Path | None = None,
     progress: Progress | None = None,
 ) -> VersionDocument:  # fmt: skip
-    """Build the version directory `out` from the checkpoint `source`; `scales_of` names the version whose scales are
-    kept where they fit, so that a delta to it is sparse.
+    """Build the version directory `out` from the checkpoint `source`; `named` is (model, version). `scales_of` is the
+    version whose scales are kept where they fit, so that a delta to it is sparse.
 
     Raises ConfigError or ArtifactError with a remedy when the checkpoint does not fit.
     """
@@ -57,11 +56,10 @@ def build_version(
     with writing_weights(temporary) as writer:
         weights = place_weights(checkpoint, writer, base_scales=base_scales, progress=progress)
     graph = build_graph(checkpoint.architecture, weights)
-    assert all(t.data_location == TensorProto.EXTERNAL or len(t.raw_data) < 4096 for t in graph.graph.initializer)  # noqa: S101  the graph file stays small
     (temporary / MODEL_FILE).write_bytes(graph.SerializeToString(deterministic=True))
     _copy_text(source, temporary)
     columns = writer.columns(FILES.index(WEIGHTS_FILE))
-    identity = (model, version, _config(checkpoint.architecture))
+    identity = (*named, _config(checkpoint.architecture))
     draft = _describe(temporary, identity, columns, FILES[:-1])
     if progress is not None:
         progress("golden vectors", 0, 1)
@@ -128,5 +126,3 @@ def parameters_of(version: VersionDocument) -> int:
     columns = version.tensors
     rows = range(len(columns.name))
     return sum(int(np.prod(columns.shape[r])) for r in rows if columns.layout[r] is not Layout.F32_BF16_GRID)
-
-

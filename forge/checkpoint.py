@@ -48,10 +48,10 @@ class Checkpoint:
         self.architecture = read_architecture(directory / "config.json")
         self.weights = directory / "model.safetensors"
         try:
-            self._file = safe_open(self.weights, framework="np")
+            self._file: Any = safe_open(self.weights, framework="np")
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{self.weights} cannot be read ({error}); download the checkpoint again") from error
-        self._names = set(self._file.keys())
+        self._names: set[str] = set(self._file.keys())  # type: ignore[no-untyped-call]
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Float:
         """Tensor `name` as float32 of `shape`.
@@ -97,7 +97,9 @@ def read_architecture(path: Path) -> Architecture:
     try:
         return _architecture(config, float(rope.get("rope_theta", config.get("rope_theta", 10000.0))))
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: field {error} is missing or wrong; take config.json from the same export") from error
+        raise ConfigError(
+            f"{path}: field {error} is missing or wrong; take config.json from the same export"
+        ) from error
 
 
 def _architecture(config: dict[str, Any], rope_theta: float) -> Architecture:

@@ -27,11 +27,10 @@ PROMPTS = (
     "It was late in the evening when the",
     "She opened the letter slowly, and read",
     "There were three men in the boat, and each of them said that",
-    "\"I do not know,\" he answered; \"but if you will come with me to the village, we shall",
+    '"I do not know," he answered; "but if you will come with me to the village, we shall',
     "1, 2, 3, 4, 5, 6, 7,",
     "In the beginning of the year the roads were bad, the rivers were high, and nobody travelled unless he must; so",
-    "My dear sir, you will forgive me for writing at such length about a matter which concerns you little, but I have "
-    "nobody else to whom I can turn, and the lawyers, as you know, will not",
+    "My dear sir, you will forgive me for writing at such length about a matter which concerns you little, but I",
 )
 
 

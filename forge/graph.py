@@ -82,9 +82,7 @@ class GraphBuilder:
             self.initializers.append(table)
             return self.node("Gather", [table.name, ids], [name], axis=0)
         packed = matrix.packed.initializer(f"{name}.packed", TensorProto.UINT8, (matrix.rows, matrix.columns // 2))
-        scales = matrix.scales.initializer(
-            f"{name}.scales", TensorProto.FLOAT, (matrix.rows, matrix.columns // BLOCK)
-        )
+        scales = matrix.scales.initializer(f"{name}.scales", TensorProto.FLOAT, (matrix.rows, matrix.columns // BLOCK))
         self.initializers += [packed, scales]
         return self.node(
             "GatherBlockQuantized", [packed.name, ids, scales.name], [name], CONTRIB, bits=4, block_size=BLOCK,
@@ -197,7 +195,7 @@ def _head(b: GraphBuilder, source: str, head: Matrix) -> None:
 
 def _model(b: GraphBuilder) -> ModelProto:
     a = b.architecture
-    cache = ["B", a.kv_heads, "C", a.head_size]
+    cache: list[str | int | None] = ["B", a.kv_heads, "C", a.head_size]
     inputs = [
         helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "S"]),
         helper.make_tensor_value_info("seqlens_k", TensorProto.INT32, ["B"]),

@@ -62,7 +62,8 @@ def quantise_int4(name: str, weights: Float, base_scales: Float | None = None) -
         fits = np.abs(blocks).max(axis=2) <= base_scales * (ZERO_POINT + 0.5)
         scales = np.where(fits & (base_scales > 0), base_scales, scales)
     levels = _levels(blocks, scales).reshape(rows, columns).astype(np.uint8)
-    return Int4Matrix(levels[:, 0::2] | levels[:, 1::2] << 4, scales)
+    packed: Bytes = levels[:, 0::2] | levels[:, 1::2] << np.uint8(4)
+    return Int4Matrix(packed, scales)
 
 
 def to_bf16_grid(values: Float) -> Float:

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
+import httpx2
 from openai import OpenAI, OpenAIError
 
 PROMPT = "It was late in the evening, and the old house by the sea was quiet. The captain"
@@ -32,10 +32,10 @@ class Answer:
 
 def connect(socket: Path, timeout_s: float = 60.0) -> OpenAI:
     """An official client that speaks to `socket`; the host name is a dummy and the key is not used."""
-    transport = httpx.HTTPTransport(uds=str(socket))
+    transport = httpx2.HTTPTransport(uds=str(socket))
     return OpenAI(
         base_url="http://localhost/v1", api_key="unused", max_retries=0,
-        http_client=httpx.Client(transport=transport, timeout=timeout_s),
+        http_client=httpx2.Client(transport=transport, timeout=timeout_s),
     )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ class Load:
         while not self._stop.is_set():
             try:
                 answer = stream_chat(client, self.model, self.stream_tokens) if streaming else ask(client, self.model)
-            except (OpenAIError, httpx.HTTPError) as error:
+            except (OpenAIError, httpx2.HTTPError) as error:
                 with self._lock:
                     self.failures.append(f"{type(error).__name__}: {error}")
                 if self._stop.wait(0.2):

@@ -1,6 +1,7 @@
 """Step 8: what the nodes measured of themselves, as the control plane stored it."""
 
 import json
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -18,18 +19,20 @@ def show_telemetry(stage: Stage) -> None:
         latest: dict[str, dict[str, Any]] = {}
         totals: dict[str, dict[str, float]] = {}
         for node in stage.site.nodes:
-            windows = wait_for(f"telemetry of {node}", lambda node=node: _windows(stage, node), 30)
+            windows = wait_for(f"telemetry of {node}", partial(_windows, stage, node), 30)
             latest[node] = windows[-1]
             totals[node] = _totals(windows)
         stage.display.show(_health_table(latest))
         stage.display.show(_inference_table(latest, totals))
         step.figures |= {"latest": latest, "totals": totals}
         for node, window in latest.items():
-            energy = window.get("energy")
+            energy: dict[str, Any] = window.get("energy") or {}
             step.check(
                 f"{node}: energy carries source and method",
-                bool(energy) and bool(energy["source"]) and energy["method"] in ("measured", "estimated"),
-                f"{energy['method']} by {energy['source']}, {energy['power_w']:.1f} W" if energy else "absent",
+                bool(energy.get("source")) and energy.get("method") in ("measured", "estimated"),
+                f"{energy['method']} by {energy['source']}, {energy['power_w']:.1f} W"
+                if energy is not None
+                else "absent",
             )
             health = window["health"]
             step.check(

@@ -154,6 +154,17 @@ class Journal:
         """The model is no longer wanted here."""
         with self.transaction():
             self._db.execute("DELETE FROM deployments WHERE model = ?", (model,))
+            self._db.execute("DELETE FROM facts WHERE name = ?", (f"previous:{model}",))
+
+    def set_previous(self, model: str, decoded: str | None) -> None:
+        """The version that served before the one just committed; it stays on the node."""
+        with self.transaction():
+            self._set_fact(f"previous:{model}", (decoded or "").encode())
+
+    def previous(self) -> frozenset[str]:
+        """Decoded digests kept beside what serves."""
+        rows = self._db.execute("SELECT value FROM facts WHERE name GLOB 'previous:*'")
+        return frozenset(bytes(row[0]).decode() for row in rows if row[0])
 
     # fetches
 

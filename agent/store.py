@@ -51,7 +51,12 @@ class Store:
         removed = [self._remove(path) for path in sorted(self.work_directory.iterdir())]
         strays = (path for path in self.staging_directory.iterdir() if path.name.partition(".")[0] not in staged)
         removed += [self._remove(path) for path in sorted(strays)]
-        served = {entry.decoded for entry in self.serving().models}
+        try:
+            served = {entry.decoded for entry in self.serving().models}
+        except StoreError:  # nobody can serve by it; aside, so that what is ordered is activated anew
+            files.move_file(self.serving_path, self.serving_path.with_suffix(".damaged"))
+            served = set()
+            removed.append(SERVING_FILE)
         versions = set()
         for path in sorted(self.versions_directory.iterdir()):
             if self._is_whole(path):
@@ -108,6 +113,10 @@ class Store:
             files.move_directory(self.version_path(decoded), condemned)
             files.remove_tree(condemned)
         return tuple(surplus)
+
+    def free_bytes(self) -> int:
+        """What can still be written here."""
+        return files.free_bytes(self.root)
 
     # staging
 

@@ -10,6 +10,7 @@ Foreign OSErrors are wrapped here, once, as StoreError; a missing file stays Fil
 # Every change of the disk is a call of `os`, so that the crash matrix can count them and kill at each.
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -79,6 +80,13 @@ def seal_directory(directory: Path) -> None:
     with _wrapped(directory):
         os.chmod(directory, READ_ONLY_DIRECTORY)
         _sync_directory(directory)
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Rename a file durably within one directory, replacing `target`."""
+    with _wrapped(source):
+        os.replace(source, target)
+        _sync_directory(target.parent)
 
 
 def move_directory(source: Path, target: Path) -> None:
@@ -174,6 +182,18 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
     if len(data) > limit_bytes:
         raise StoreError(Code.CORRUPT, f"{path} is longer than {limit_bytes} bytes; it is not what was written here")
     return data
+
+
+def lock_directory(directory: Path) -> int:
+    """Hold `directory` for this process until it ends; the descriptor must be kept. StoreError when another holds it."""
+    with _wrapped(directory):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise StoreError(Code.IO_ERROR, f"another process works in {directory}; stop it first") from error
+    return descriptor
 
 
 def free_bytes(path: Path) -> int:

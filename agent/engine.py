@@ -139,7 +139,7 @@ class Engine:
     def _order(self, envelope: bytes) -> None:
         if not envelope:
             return  # a cleared retained message orders nothing
-        self._ports.reporter.offer_again()
+        self._ports.reporter.expect_reader()
         payload = judge_desired(envelope, self._ports.trust, self._ports.settings.node, self._accepted)
         if payload is None:
             return

@@ -29,6 +29,7 @@ TEXT_LIMIT = 2000
 BATCH_REPORTS = 64
 RESEND_FIRST_S = 15.0
 RESEND_MOST_S = 300.0
+READER_S = 5.0
 PROGRESS_SHARE = 0.05
 PROGRESS_S = 10.0
 
@@ -134,6 +135,11 @@ class Reporter:
         self._more = True
         self._resend_s = RESEND_FIRST_S
         self._resend_due_s = self._clock.monotonic_s() + self._resend_s
+
+    def expect_reader(self) -> None:
+        """The fleet has just spoken: what stays unacknowledged for a moment longer it has missed."""
+        self._resend_s = RESEND_FIRST_S
+        self._resend_due_s = min(self._resend_due_s, self._clock.monotonic_s() + READER_S)
 
     def tick(self, progress: Progress | None) -> None:
         """Publish what is due; does nothing while the link is down."""

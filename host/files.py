@@ -185,7 +185,7 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
 
 
 def lock_directory(directory: Path) -> int:
-    """Hold `directory` for this process until it ends; the descriptor must be kept. StoreError when another holds it."""
+    """Hold `directory` for this process until it ends: keep the descriptor. StoreError when another process has it."""
     with _wrapped(directory):
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

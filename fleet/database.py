@@ -83,8 +83,8 @@ class Database:
                 return
             link.execute(
                 "INSERT INTO nodes (node, online, boot_id, session, changed_s) VALUES (?, ?, ?, ?, ?)"
-                " ON CONFLICT (node) DO UPDATE SET online = excluded.online, boot_id = excluded.boot_id, session = excluded.session,"
-                " changed_s = excluded.changed_s",
+                " ON CONFLICT (node) DO UPDATE SET online = excluded.online, boot_id = excluded.boot_id,"
+                " session = excluded.session, changed_s = excluded.changed_s",
                 (node, online, boot_id, session, time.time()),
             )
 

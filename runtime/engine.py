@@ -1,0 +1,280 @@
+"""Continuous batching: one thread per loaded version that decodes all running answers together, token by token.
+
+A step decodes one token of every running answer, then reads one chunk of one waiting prompt; requests join and leave
+between any two steps. Invariants: running answers hold slots 0..k-1; the prompt being read holds one slot at or above
+k, so an answer that leaves is replaced by the last one without touching it; the thread blocks when it has nothing to
+do. An exception of a step fails the requests that were in it and nothing else.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import structlog
+
+from runtime.model import PREFILL_TOKENS, Float, Model
+from runtime.sampling import Sampler, Sampling
+from runtime.stats import Stats
+from wire.errors import Code, InferenceError
+
+_log = structlog.get_logger(__name__)
+
+
+class Reason(StrEnum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Last event of a request; `error` when it failed."""
+
+    reason: Reason
+    error: InferenceError | None = None
+
+
+Event = int | End
+"""A token, or the end."""
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    """One request; `sink` gets its events, in order, wherever the engine's `deliver` calls it."""
+
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling
+    sink: Callable[[Event], None]
+    ends: frozenset[int] = frozenset()
+    """Tokens that end the answer and are no part of it."""
+    cancelled: bool = False
+    # the engine's from here on
+    sampler: Sampler = field(init=False)
+    slot: int = -1
+    length: int = 0
+    """Tokens of it in the KV cache."""
+    last: int = 0
+    produced: int = 0
+    accepted_s: float = 0.0
+    first_token_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.sampler = Sampler(self.sampling)
+
+
+Deliveries = list[tuple[Generation, Event]]
+
+
+def deliver_directly(deliveries: Deliveries) -> None:
+    """Call every sink on the engine's thread; a server hands the list to its event loop instead."""
+    for generation, event in deliveries:
+        generation.sink(event)
+
+
+class Engine:
+    """Runs the generations of one model."""
+
+    def __init__(
+        self, name: str, model: Model, stats: Stats, *, max_queue: int,
+        deliver: Callable[[Deliveries], None] = deliver_directly,
+    ) -> None:  # fmt: skip
+        self._model, self.stats, self._deliver = model, stats, deliver
+        self._open_limit = model.shape.slots + max_queue
+        self._changed = threading.Condition()
+        self._waiting: deque[Generation] = deque()
+        self._open = 0
+        self._closed = False
+        self._running: list[Generation] = []
+        self._reading: Generation | None = None
+        self._thread = threading.Thread(target=self._run, name=f"engine-{name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def open(self) -> int:
+        """Requests that wait, are read or run."""
+        return self._open
+
+    def submit(self, generation: Generation) -> None:
+        """Take a request, from any thread.
+
+        Raises InferenceError: context_exceeded (400), overloaded (429), not_ready (503) after close.
+        """
+        capacity = self._model.shape.capacity
+        if len(generation.prompt) >= capacity:
+            raise InferenceError(
+                Code.CONTEXT_EXCEEDED,
+                f"the prompt has {len(generation.prompt)} tokens and the context {capacity}; send at most "
+                f"{capacity - 1}", 400,
+            )  # fmt: skip
+        generation.max_tokens = min(generation.max_tokens, capacity - len(generation.prompt))
+        generation.accepted_s = time.perf_counter()
+        with self._changed:
+            if self._closed:
+                raise InferenceError(Code.NOT_READY, "the server is ending; ask again", 503, retry_after_s=1.0)
+            if self._open >= self._open_limit:
+                raise InferenceError(
+                    Code.OVERLOADED, f"{self._open} requests are open already; ask again later", 429, self._patience_s()
+                )
+            self._open += 1
+            self._waiting.append(generation)
+            self._changed.notify()
+        self.stats.began(len(generation.prompt))
+
+    def cancel(self, generation: Generation) -> None:
+        """Stop working for a request, from any thread, before the next step; it ends as cancelled."""
+        with self._changed:
+            generation.cancelled = True
+            if generation in self._waiting:
+                self._waiting.remove(generation)
+                self._open -= 1
+
+    def close(self) -> None:
+        """Cancel what is open, end the thread and give the model's memory back."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+        self._model.close()
+
+    def _run(self) -> None:
+        while self._await_work():
+            self._drop_cancelled()
+            self._decode()
+            self._read()
+        leaving = [*self._running, *self._waiting, *([self._reading] if self._reading else [])]
+        self._deliver([(generation, End(Reason.CANCELLED)) for generation in leaving])
+
+    def _await_work(self) -> bool:
+        """Block until there is something to do; False when closed."""
+        with self._changed:
+            while not (self._closed or self._running or self._reading or self._waiting):
+                self._changed.wait()
+            return not self._closed
+
+    def _drop_cancelled(self) -> None:
+        left = [generation for generation in self._running if generation.cancelled]
+        if self._reading is not None and self._reading.cancelled:
+            left.append(self._reading)
+        if left:
+            self._end(left, End(Reason.CANCELLED))
+
+    def _decode(self) -> None:
+        """One token for every running answer."""
+        running = self._running
+        if not running:
+            return
+        began_s = time.perf_counter()
+        try:
+            logits = self._model.decode([g.last for g in running], [g.length for g in running])
+        except Exception as error:  # noqa: BLE001  onnxruntime raises a dozen unrelated types; the thread must go on
+            self._fail(list(running), error)
+            return
+        deliveries: Deliveries = []
+        for row, generation in enumerate(running):
+            generation.length += 1
+            self._sample(generation, logits[row], deliveries)
+        self.stats.decoded(len(running), time.perf_counter() - began_s)
+        self._finish(deliveries)
+
+    def _read(self) -> None:
+        """One chunk of one prompt; its last chunk gives the first token."""
+        generation = self._reading or self._next()
+        if generation is None:
+            return
+        began_s = time.perf_counter()
+        chunk = generation.prompt[generation.length : generation.length + PREFILL_TOKENS]
+        try:
+            logits = self._model.prefill(generation.slot, chunk, generation.length)
+        except Exception as error:  # noqa: BLE001  as in _decode
+            self._fail([generation], error)
+            return
+        generation.length += len(chunk)
+        whole = generation.length == len(generation.prompt)
+        deliveries: Deliveries = []
+        if whole:
+            self._join(generation)
+            generation.first_token_s = time.perf_counter()
+            self._sample(generation, logits, deliveries)
+        self.stats.prefilled(int(whole), time.perf_counter() - began_s)
+        self._finish(deliveries)
+
+    def _next(self) -> Generation | None:
+        """The next prompt to read, in the slot after the running ones."""
+        if len(self._running) == self._model.shape.slots:
+            return None
+        with self._changed:
+            if not self._waiting:
+                return None
+            self._reading = self._waiting.popleft()
+        self._reading.slot = len(self._running)
+        return self._reading
+
+    def _join(self, generation: Generation) -> None:
+        """From reading to running, in the first slot that is free by now."""
+        self._reading = None
+        slot = len(self._running)
+        if generation.slot != slot:
+            self._model.move(generation.slot, slot, generation.length)
+            generation.slot = slot
+        self._running.append(generation)
+
+    def _sample(self, generation: Generation, logits: Float, deliveries: Deliveries) -> None:
+        try:
+            token = generation.sampler.draw(logits)
+        except InferenceError as error:
+            deliveries.append((generation, End(Reason.FAILED, error)))
+            return
+        generation.last = token
+        generation.produced += 1
+        if token in generation.ends:
+            deliveries.append((generation, End(Reason.STOP)))
+            return
+        deliveries.append((generation, token))
+        if generation.produced >= generation.max_tokens:
+            deliveries.append((generation, End(Reason.LENGTH)))
+
+    def _finish(self, deliveries: Deliveries) -> None:
+        """Hand out a step's events, the slots of what ended being free already."""
+        for generation, event in deliveries:
+            if isinstance(event, End):
+                self._leave(generation, event)
+        if deliveries:
+            self._deliver(deliveries)
+
+    def _end(self, generations: list[Generation], end: End) -> None:
+        self._finish([(generation, end) for generation in generations])
+
+    def _fail(self, generations: list[Generation], error: Exception) -> None:
+        _log.error("step failed", requests=len(generations), error=str(error)[:500])
+        message = "the model failed on this request; the runtime's log has the reason"
+        self._end(generations, End(Reason.FAILED, InferenceError(Code.INTERNAL, message, 500)))
+
+    def _leave(self, generation: Generation, end: End) -> None:
+        """Free the slot; the last running answer moves into the gap."""
+        if generation is self._reading:
+            self._reading = None
+        else:
+            last = self._running.pop()
+            if last is not generation:
+                self._model.move(last.slot, generation.slot, last.length)
+                last.slot = generation.slot
+                self._running[generation.slot] = last
+        with self._changed:
+            self._open -= 1
+        if end.reason is Reason.FAILED:
+            self.stats.failed()
+        elif end.reason is not Reason.CANCELLED:
+            now_s = time.perf_counter()
+            self.stats.ended(now_s - generation.accepted_s, generation.first_token_s - generation.accepted_s)
+
+    def _patience_s(self) -> float:
+        """When a slot is probably free for one more: the median request's time for each turn of the queue."""
+        typical_s = self.stats.snapshot().latency_p50_s or 1.0
+        return min(60.0, max(1.0, typical_s * self._open / self._model.shape.slots))

@@ -1,0 +1,175 @@
+"""One loaded decoder: its onnxruntime session, the slab of KV cache, and the two shapes in which it runs.
+
+The graph contract is docs/design.md section 6. Invariants: past and present of a layer are the same memory, so a step
+writes one row per request and copies nothing; only the engine's thread calls `decode`, `prefill` and `move`; the slots
+in use by a batch of k are 0..k-1, because a slice of the slab from its start is contiguous and is bound without a copy.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: the wheel phones home by default
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from runtime.version import GRAPH_FILE
+from wire.errors import Code, DeployError
+from wire.manifest import DecoderConfig
+from wire.serving import ExecutionOptions
+
+Float = NDArray[np.float32]
+Int = NDArray[np.int64]
+
+PREFILL_TOKENS = 128
+"""Longest chunk of a prompt between two decode steps: it bounds the pause of running answers."""
+SPIN_DURATION_US = 200
+"""How long a thread of the pool spins for the next kernel of a step; between steps and when idle it sleeps."""
+
+ONNXRUNTIME: str = ort.__version__
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of the KV slab: float32 [slots, kv_heads, capacity, head_size] for keys and values of every layer."""
+
+    slots: int
+    capacity: int
+
+    def size_bytes(self, config: DecoderConfig) -> int:
+        """Bytes of the whole slab; the kernel commits a page when its tokens are written."""
+        return 8 * config.layers * self.slots * config.kv_heads * self.capacity * config.head_size
+
+
+@dataclass(slots=True)
+class _Bound:
+    """A binding with the arrays it reads and writes; the arrays must live as long as it does."""
+
+    binding: Any
+    input_ids: Int
+    seqlens: NDArray[np.int32]
+    total: NDArray[np.int32]
+    logits: Float
+    values: list[Any] = field(default_factory=list)
+
+
+class Model:
+    """A session with its slab. Raises DeployError(load_failed) when onnxruntime refuses the graph."""
+
+    def __init__(self, directory: Path, config: DecoderConfig, shape: Shape, options: ExecutionOptions) -> None:
+        self.config, self.shape = config, shape
+        self._session = _session(directory / GRAPH_FILE, options)
+        slab = (shape.slots, config.kv_heads, shape.capacity, config.head_size)
+        names = [f"{layer}.{part}" for layer in range(config.layers) for part in ("key", "value")]
+        try:
+            self._slabs = {name: np.zeros(slab, np.float32) for name in names}
+        except MemoryError as error:
+            raise DeployError(
+                Code.LOAD_FAILED, f"no memory for {shape.slots} slots of {shape.capacity} tokens; lower max_slots or "
+                "context_tokens",
+            ) from error  # fmt: skip
+        self._decoders: dict[int, _Bound] = {}
+        self._prefillers: dict[int, _Bound] = {}
+
+    def decode(self, tokens: list[int], lengths: list[int]) -> Float:
+        """One step of slots 0..k-1: `tokens[i]` is appended to slot i, which holds `lengths[i]` tokens.
+
+        Returns logits float32 [k, vocab_size], a view that the next call of the same k overwrites.
+        """
+        k = len(tokens)
+        bound = self._decoders.get(k)
+        if bound is None:
+            bound = self._decoders[k] = self._bind(0, k, np.arange(k, dtype=np.int64))
+        bound.input_ids[:, 0] = tokens
+        bound.seqlens[:] = lengths
+        bound.total[()] = max(lengths) + 1
+        self._session.run_with_iobinding(bound.binding)
+        return bound.logits
+
+    def prefill(self, slot: int, tokens: list[int], length: int) -> Float:
+        """Append `tokens` (at most PREFILL_TOKENS) to `slot`, which holds `length` tokens.
+
+        Returns logits float32 [vocab_size] of the last one, a view that the next prefill of the slot overwrites.
+        """
+        bound = self._prefillers.get(slot)
+        if bound is None:
+            bound = self._prefillers[slot] = self._bind(slot, 1, np.zeros(1, np.int64))
+        count = len(tokens)
+        rows = np.full(1, count - 1, np.int64)
+        ids = np.asarray([tokens], np.int64)
+        bound.values[:2] = [_value(ids), _value(rows)]
+        bound.binding.bind_ortvalue_input("input_ids", bound.values[0])
+        bound.binding.bind_ortvalue_input("logit_rows", bound.values[1])
+        bound.seqlens[0] = length + count - 1
+        bound.total[()] = length + count
+        self._session.run_with_iobinding(bound.binding)
+        logits: Float = bound.logits[0]
+        return logits
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the `length` tokens that slot `source` holds to slot `target`."""
+        for slab in self._slabs.values():
+            slab[target, :, :length] = slab[source, :, :length]
+
+    def warm_up(self) -> None:
+        """Run both shapes once, so that the first request pays for no allocation."""
+        token = self.config.bos_token_id or 0
+        self.prefill(0, [token] * min(8, self.shape.capacity - 1), 0)
+        for k in range(1, self.shape.slots + 1):
+            self.decode([token] * k, [0] * k)
+
+    def close(self) -> None:
+        """Give session and slab back now, whoever still holds this object; it cannot run any more."""
+        self._decoders.clear()
+        self._prefillers.clear()
+        self._slabs.clear()
+        self._session = None
+
+    def _bind(self, slot: int, k: int, logit_rows: Int) -> _Bound:
+        """Bind rows slot..slot+k-1 of the slabs for steps of one token per row."""
+        bound = _Bound(
+            self._session.io_binding(), np.zeros((k, 1), np.int64), np.zeros(k, np.int32), np.zeros((), np.int32),
+            np.zeros((k, self.config.vocab_size), np.float32),
+        )  # fmt: skip
+        inputs: dict[str, NDArray[Any]] = {
+            "input_ids": bound.input_ids, "logit_rows": logit_rows, "seqlens_k": bound.seqlens,
+            "total_sequence_length": bound.total,
+        }  # fmt: skip
+        for name, array in inputs.items():
+            bound.values.append(_value(array))
+            bound.binding.bind_ortvalue_input(name, bound.values[-1])
+        bound.values.append(_value(bound.logits))
+        bound.binding.bind_ortvalue_output("logits", bound.values[-1])
+        for name, slab in self._slabs.items():
+            bound.values.append(_value(slab[slot : slot + k]))
+            bound.binding.bind_ortvalue_input(f"past_key_values.{name}", bound.values[-1])
+            bound.binding.bind_ortvalue_output(f"present.{name}", bound.values[-1])
+        return bound
+
+
+def _value(array: NDArray[Any]) -> Any:
+    """An OrtValue over the memory of a contiguous array, which it also keeps alive."""
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _session(graph: Path, options: ExecutionOptions) -> Any:
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.inter_op_num_threads = 1
+    settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
+    settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    if options.spinning:
+        settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_DURATION_US))
+    for key, value in options.session_config.items():
+        settings.add_session_config_entry(key, value)
+    if options.provider not in ort.get_available_providers():
+        raise DeployError(Code.LOAD_FAILED, f"this onnxruntime has no {options.provider}; probe the version again")
+    try:
+        return ort.InferenceSession(str(graph), settings, providers=[options.provider])
+    except Exception as error:
+        raise DeployError(Code.LOAD_FAILED, f"onnxruntime refuses {graph}: {str(error)[:500]}") from error

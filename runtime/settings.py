@@ -1,0 +1,32 @@
+"""Settings of the runtime: one TOML file, checked whole before anything starts."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from host.settings import FilePath, Settings
+
+
+class RuntimeSettings(Settings):
+    """`runtime.toml`."""
+
+    store: FilePath
+    """Root of the agent's store; the runtime only reads it."""
+    public_socket: FilePath = Path("/run/amperage/inference.sock")
+    admin_socket: FilePath = Path("/run/amperage/admin.sock")
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Threads of one model; 0 means as many as affinity and cgroup quota allow."""
+    max_slots: Annotated[int, Field(ge=1, le=64)] = 4
+    """Requests of one model that are decoded together; each has a slot of KV cache."""
+    max_queue: Annotated[int, Field(ge=0, le=10_000)] = 64
+    """Requests of one model that may wait for a slot; more are refused with 429."""
+    context_tokens: Annotated[int, Field(ge=16, le=1 << 20)] = 4096
+    """Upper bound of prompt and answer together; a model with a shorter context keeps its own."""
+    request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0
+    """From the last byte of a request to the last byte of its answer."""
+    shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 20.0
+    """How long open answers may go on after SIGTERM."""
+    probe_memory_bytes: Annotated[int, Field(ge=0)] = 0
+    """Address space of a probe child; 0 means a bound that follows from the size of the candidate."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"

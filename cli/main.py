@@ -1,59 +1,80 @@
-"""Entry point: chooses the sub-command and turns typed errors into one line and an exit status."""
+"""`amperage`, the operator's command. A sub-command's modules are imported only when it is named.
+
+Invariant: an error of ours ends with one sentence on stderr and its own exit status, never with a traceback; anything
+else is a bug and keeps its traceback.
+"""
 
 import importlib
 import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
 import typer
-from typer.core import TyperGroup
 
-from wire.errors import AmperageError
+from wire.errors import AmperageError, ConfigError
 
-SUBCOMMANDS = {
-    "keys": ("cli.keys", "Make signing keys and the trust policy of nodes."),
-    "forge": ("cli.forge", "Turn a checkpoint into a signed release."),
-    "fleet": ("cli.fleet", "Run the control plane, publish releases, roll them out, look at nodes."),
-    "demo": ("cli.demo.command", "Run the main job end to end on this machine."),
+COMMANDS = {
+    "demo": ("cli.demo.command:demo", "demo", "Run the main job end to end on this machine."),
+    "fleet": ("cli.fleet:app", "fleet", "Run the control plane, publish releases, roll them out, look at nodes."),
+    "forge": ("cli.forge:app", "forge", "Turn a checkpoint into a signed release."),
+    "keys": ("cli.keys:app", "fleet", "Make signing keys and the trust policy of nodes."),
 }
+"""Sub-command: where it is, the extra that brings what it imports, its line of help."""
+
+OURS = {"cli", "fleet", "forge", "runtime", "agent", "host", "codec", "wire"}
+USAGE_STATUS = 2
 
 
-class LazyGroup(TyperGroup):
-    """Loads a sub-command's module only when it is named."""
-
-    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002  click's signature
-        """Names, in the order of the work."""
-        return list(SUBCOMMANDS)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
-        """Import the sub-command's typer application, or return None when there is none of that name."""
-        if cmd_name not in SUBCOMMANDS:
-            return None
-        module = importlib.import_module(SUBCOMMANDS[cmd_name][0])
-        command = typer.main.get_command(module.app)
-        command.name = cmd_name
-        return command
-
-    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
-        """Help without importing anything."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in SUBCOMMANDS.items()])
-
-
-app = typer.Typer(
-    cls=LazyGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
-    help="Amperage puts small language models on Arm edge nodes and keeps them right.",
-)  # fmt: skip
-
-
-@app.callback()
-def _root() -> None:
-    """Amperage puts small language models on Arm edge nodes and keeps them right."""
-
-
-def main() -> None:
-    """Console entry point."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; ends the process with an exit status."""
     try:
-        app()
+        sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
     except AmperageError as error:
         print(f"amperage: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        sys.exit(130)  # 128 + SIGINT, as shells say it
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else USAGE_STATUS
+    if arguments[0] == "--version":
+        print(f"amperage {version('amperage')}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"amperage: no such command: {arguments[0]}\n\n{_help()}", file=sys.stderr)
+        return USAGE_STATUS
+    _load(arguments[0])(args=arguments[1:], prog_name=f"amperage {arguments[0]}")
+    return 0
+
+
+def _load(name: str) -> Callable[..., object]:
+    """The typer application of sub-command `name`; a plain function becomes an application of one command."""
+    place, extra, _ = COMMANDS[name]
+    module, _, attribute = place.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in OURS:
+            raise
+        raise ConfigError(
+            f"`amperage {name}` needs {missing}, which is not installed: pip install 'amperage[{extra}]'"
+        ) from error
+    if isinstance(found, typer.Typer):
+        return found
+    application = typer.Typer(add_completion=False, rich_markup_mode=None)
+    application.command()(found)
+    return application
+
+
+def _help() -> str:
+    lines = [f"  {name:<8}{line}" for name, (_, _, line) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Usage: amperage COMMAND ...", "", "Puts small language models on Arm edge nodes and keeps them right.", "",
+            *lines, "", "`amperage COMMAND --help` tells more, `amperage --version` names the version.",
+        ]
+    )  # fmt: skip

@@ -1,30 +1,38 @@
 """A version directory to a pack: sections, index, frames.
 
-Streams are coded in order, sections in parallel; results are written in order, so the bytes do not depend on timing.
-A crash leaves a partial pack under its temporary name.
+Owns the pack while it is written. Invariant: chunks are coded in parallel and written in order, so the bytes do not
+depend on timing; every stream takes the operation that came out smallest; and what was read had the digests that the
+version states, so the pack decodes to that version. A crash leaves at most a partial pack, which the next run
+overwrites; the sections wait in an unnamed file until their hashes, which stand before them, are known.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from codec.difference import subtract
+from codec.difference import subtract, symbol_bits
 from codec.entropy import byte_histogram, entropy_bytes
-from codec.planes import ITEM_BYTES, PLANE_NAMES, Bytes, split_planes
+from codec.plan import cut
+from codec.planes import PLANE_NAMES, Bytes, split_planes
 from codec.sections import CodedSection, encode_section
-from codec.versions import match_streams, stream_bytes
+from codec.versions import check_version, match_streams, stream_bytes
 from wire.digest import digest_of
-from wire.index import Index, Section, SectionCodec, encode_index
-from wire.manifest import FRAME_BYTES, SECTION_LIMIT_BYTES, Dtype, Stream, VersionDocument, streams_of
+from wire.index import Index, Section, encode_index
+from wire.manifest import FRAME_BYTES, Stream, VersionDocument, streams_of
 
 Progress = Callable[[int, int], None]
-"""Called with (plane bytes coded so far, plane bytes in all)."""
+"""Called with (stored bytes coded so far, stored bytes in all), from the caller's thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +50,7 @@ class PlaneFigures:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPack:
-    """What the manifest needs to say of a pack, and figures for people."""
+    """What the manifest needs to say of a pack, and figures for people (copied streams cost nothing and have none)."""
 
     operations: str
     index_size_bytes: int
@@ -51,14 +59,33 @@ class EncodedPack:
     planes: tuple[PlaneFigures, ...]
 
 
-@dataclass(slots=True)
-class _Work:
-    """One stream on its way: the planes to code, with the sections that come out of them."""
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One chunk of a stream, to be coded by one operation."""
 
     stream: Stream
+    new: Bytes
+    old: Bytes | None
+    """The base's bytes for a difference, None for a full chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class _CodedPlane:
+    section: CodedSection
+    histogram: NDArray[np.int64]
+
+
+_CodedChunk = tuple[_CodedPlane, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _CodedStream:
     operation: str
-    planes: list[Bytes]
-    sections: list[list["Future[CodedSection]"]] = field(default_factory=list)
+    chunks: tuple[_CodedChunk, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(len(plane.section.coded) for chunk in self.chunks for plane in chunk)
 
 
 def encode_pack(
@@ -69,98 +96,111 @@ def encode_pack(
     base: tuple[VersionDocument, Path] | None = None,
     progress: Progress | None = None,
 ) -> EncodedPack:
-    """Encode the version in `directory` to the file `pack`, as a delta when `base` is given."""
+    """Encode the version in `directory` to the file `pack`, as a delta when `base` is given.
+
+    Raises ArtifactError when a directory does not hold what its version states.
+    """
+    check_version(version, directory)
+    if base is not None:
+        check_version(*base)
     streams = streams_of(version)
-    total = sum(_plane_bytes(stream) for stream in streams)
+    total, done = sum(stream.size_bytes for stream in streams), 0
     operations: list[str] = []
     table: list[Section] = []
-    planes: list[PlaneFigures] = []
-    data = pack.with_name(f".{pack.name}.data")
-    done = 0
-    with data.open("wb") as sink, ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="encode") as pool:
-        for number, work in enumerate(_plan(streams, directory, base)):
-            operations.append(work.operation)
-            if work.operation != "c":
-                _submit(work, pool)
-                _drain(work, number, sink, table)
-                planes += _figures(work)
-            done += _plane_bytes(work.stream)
+    figures: list[PlaneFigures] = []
+    with tempfile.TemporaryFile(dir=pack.parent) as data:
+        for row, (stream, coded) in enumerate(zip(streams, _code_streams(streams, directory, base), strict=True)):
+            operations.append(coded.operation)
+            table.extend(_write_chunks(row, coded.chunks, data))
+            figures.extend(_figures(stream, coded))
+            done += stream.size_bytes
             if progress is not None:
                 progress(done, total)
-    hashes = tuple(_frame_hashes(data))
-    index = encode_index(Index(hashes, tuple(table)))
-    _assemble(index, data, pack)
+        index = encode_index(Index(_frame_hashes(data), tuple(table)))
+        size = _assemble(index, data, pack)
     frames = tuple(digest_of(index[i : i + FRAME_BYTES]) for i in range(0, len(index), FRAME_BYTES))
-    return EncodedPack("".join(operations), len(index), frames, pack.stat().st_size, tuple(planes))
+    return EncodedPack("".join(operations), len(index), frames, size, tuple(figures))
 
 
-def _plan(streams: tuple[Stream, ...], directory: Path, base: tuple[VersionDocument, Path] | None) -> Iterator[_Work]:
-    """Choose full, copy or difference for every stream."""
+def _code_streams(
+    streams: Sequence[Stream], directory: Path, base: tuple[VersionDocument, Path] | None
+) -> Iterator[_CodedStream]:
+    """Every stream in order, by the smallest of its candidates."""
     matches = match_streams(streams, streams_of(base[0])) if base else [None] * len(streams)
-    for stream, found in zip(streams, matches, strict=True):
-        stored = np.asarray(stream_bytes(directory, stream))
-        if base is None or found is None:
-            yield _Work(stream, "f", split_planes(stream.layout, stored))
-            continue
-        original = np.asarray(stream_bytes(base[1], found))
-        if np.array_equal(stored, original):
-            yield _Work(stream, "c", [])
-            continue
-        new, old = split_planes(stream.layout, stored), split_planes(stream.layout, original)
-        difference = [subtract(stream.dtype, n, o) for n, o in zip(new, old, strict=True)]
-        if _looks_smaller(difference, new):
-            yield _Work(stream, "d", difference)
-        else:
-            yield _Work(stream, "f", new)
-
-
-def _looks_smaller(difference: list[Bytes], full: list[Bytes]) -> bool:
-    """Whether the order-0 bound favours the difference; a measured try of both would cost twice the time."""
-    return sum(entropy_bytes(byte_histogram(p)) for p in difference) < sum(
-        entropy_bytes(byte_histogram(p)) for p in full
+    news = [stream_bytes(directory, stream) for stream in streams]
+    olds = [stream_bytes(base[1], found) if base and found else None for found in matches]
+    plans = [_candidates(new, old) for new, old in zip(news, olds, strict=True)]
+    jobs = (
+        _Job(stream, new[start:end], old[start:end] if operation == "d" and old is not None else None)
+        for stream, new, old, operations in zip(streams, news, olds, plans, strict=True)
+        for operation in operations
+        if operation != "c"
+        for start, end in cut(stream)
     )
+    coded = _in_order(jobs)
+    for stream, operations in zip(streams, plans, strict=True):
+        count = len(list(cut(stream)))
+        tried = [_CodedStream(o, () if o == "c" else tuple(islice(coded, count))) for o in operations]
+        yield min(tried, key=lambda candidate: candidate.size_bytes)
 
 
-def _submit(work: _Work, pool: ThreadPoolExecutor) -> None:
-    bits = (4 if work.stream.dtype is Dtype.U4 else 8) if work.operation == "d" else None
-    size = work.planes[0].size
-    for start in range(0, size, SECTION_LIMIT_BYTES):
-        chunk = [plane[start : start + SECTION_LIMIT_BYTES] for plane in work.planes]
-        work.sections.append([pool.submit(encode_section, part, sparse_symbol_bits=bits) for part in chunk])
+def _candidates(new: Bytes, old: Bytes | None) -> str:
+    """Operations to try, the one without base first: it wins where two are equal."""
+    if old is None:
+        return "f"
+    return "c" if np.array_equal(new, old) else "fd"
 
 
-def _drain(work: _Work, number: int, sink: BinaryIO, table: list[Section]) -> None:
-    for chunk in work.sections:
-        for plane, future in enumerate(chunk):
-            section = future.result()
-            sink.write(section.coded)
-            table.append(section.row(number, plane))
+def _in_order(jobs: Iterable[_Job]) -> Iterator[_CodedChunk]:
+    """Code in parallel, a bounded number of chunks ahead of the one handed out."""
+    workers = os.cpu_count() or 1
+    ahead: deque[Future[_CodedChunk]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool:
+        for job in jobs:
+            ahead.append(pool.submit(_code_chunk, job))
+            if len(ahead) > 4 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
-def _figures(work: _Work) -> Iterator[PlaneFigures]:
-    for plane, name in enumerate(PLANE_NAMES[work.stream.layout]):
-        sections = [chunk[plane].result() for chunk in work.sections]
+def _code_chunk(job: _Job) -> _CodedChunk:
+    planes, sparse = split_planes(job.stream.layout, job.new), None
+    if job.old is not None:
+        sparse = symbol_bits(job.stream.dtype)
+        old = split_planes(job.stream.layout, job.old)
+        planes = [subtract(job.stream.dtype, n, o) for n, o in zip(planes, old, strict=True)]
+    return tuple(_CodedPlane(encode_section(p, sparse_symbol_bits=sparse), byte_histogram(p)) for p in planes)
+
+
+def _write_chunks(row: int, chunks: Sequence[_CodedChunk], sink: IO[bytes]) -> Iterator[Section]:
+    for chunk in chunks:
+        for number, plane in enumerate(chunk):
+            sink.write(plane.section.coded)
+            yield plane.section.row(row, number)
+
+
+def _figures(stream: Stream, coded: _CodedStream) -> Iterator[PlaneFigures]:
+    if not coded.chunks:
+        return
+    for name, planes in zip(PLANE_NAMES[stream.layout], zip(*coded.chunks, strict=True), strict=True):
+        sections = [plane.section for plane in planes]
+        histogram = np.sum([plane.histogram for plane in planes], axis=0)
         yield PlaneFigures(
-            work.stream.name or work.stream.path, name, work.operation, work.planes[plane].size,
-            sum(len(section.coded) for section in sections),
-            entropy_bytes(byte_histogram(work.planes[plane])),
-            tuple(sorted({SectionCodec(section.codec).name.lower() for section in sections})),
+            stream.name or stream.path, name, coded.operation,
+            sum(section.raw_size for section in sections), sum(len(section.coded) for section in sections),
+            entropy_bytes(histogram), tuple(sorted({section.codec.name.lower() for section in sections})),
         )  # fmt: skip
 
 
-def _frame_hashes(data: Path) -> Iterator[bytes]:
-    with data.open("rb") as source:
-        while frame := source.read(FRAME_BYTES):
-            yield hashlib.sha256(frame).digest()
+def _frame_hashes(data: IO[bytes]) -> tuple[bytes, ...]:
+    data.seek(0)
+    return tuple(hashlib.sha256(frame).digest() for frame in iter(lambda: data.read(FRAME_BYTES), b""))
 
 
-def _assemble(index: bytes, data: Path, pack: Path) -> None:
-    with pack.open("wb") as sink, data.open("rb") as source:
+def _assemble(index: bytes, data: IO[bytes], pack: Path) -> int:
+    data.seek(0)
+    with pack.open("wb") as sink:
         sink.write(index)
-        while block := source.read(1 << 20):
-            sink.write(block)
-    data.unlink()
-
-
-def _plane_bytes(stream: Stream) -> int:
-    return stream.size_bytes // ITEM_BYTES[stream.layout] * len(PLANE_NAMES[stream.layout])
+        shutil.copyfileobj(data, sink, 1 << 20)
+        return sink.tell()

@@ -12,6 +12,7 @@ import threading
 import zstandard
 from zstandard import ZstdError
 
+from codec.planes import Bytes
 from wire.errors import ArtifactError, Code
 
 WINDOW_LIMIT_BYTES = 8 * 1024 * 1024
@@ -23,30 +24,29 @@ _local = threading.local()
 
 
 def encode_huffman(plane: bytes | memoryview) -> bytes:
-    """The smallest frame over the levels; deterministic for one zstd version."""
-    frames = [_compressor(level).compress(plane) for level in LEVELS]
-    return min(frames, key=len)
+    """The smallest frame over the levels, the first of equals; deterministic for one zstd version."""
+    return min((_compressor(level).compress(plane) for level in LEVELS), key=len)
 
 
-def decode_huffman(coded: bytes | memoryview, raw_size: int) -> bytes:
-    """Exactly `raw_size` bytes, or ArtifactError(bad_section)."""
+def decode_huffman_into(coded: bytes, out: Bytes) -> None:
+    """Decode the one frame in `coded` into `out` (uint8 [n]), filled exactly, or raise ArtifactError(bad_section)."""
     try:
         header = zstandard.get_frame_parameters(coded)
-        if header.content_size != raw_size or header.window_size > WINDOW_LIMIT_BYTES or header.dict_id:
+        if header.content_size != out.size:
             raise _bad("its header contradicts the index")
-        plane = _decompressor().decompress(coded, max_output_size=raw_size, allow_extra_data=False)
+        if header.window_size > WINDOW_LIMIT_BYTES or header.dict_id or header.has_checksum:
+            raise _bad("its window, dictionary or checksum is not allowed")
+        decoded = _decompressor().decompress(coded, max_output_size=out.size, allow_extra_data=False)
     except ZstdError as error:
         raise _bad(str(error)) from error
-    if len(plane) != raw_size:
+    if len(decoded) != out.size:
         raise _bad("it decodes to another size than the index says")
-    return bytes(plane)
+    out.data[:] = decoded
 
 
 def _compressor(level: int) -> zstandard.ZstdCompressor:
     """One compressor per thread and level: they are not safe to share (python-zstandard issue 166)."""
-    made = getattr(_local, "compressors", None)
-    if made is None:
-        made = _local.compressors = {}
+    made = _local.__dict__.setdefault("compressors", {})
     if level not in made:
         made[level] = zstandard.ZstdCompressor(level=level, write_checksum=False, write_content_size=True)
     compressor: zstandard.ZstdCompressor = made[level]
@@ -54,10 +54,10 @@ def _compressor(level: int) -> zstandard.ZstdCompressor:
 
 
 def _decompressor() -> zstandard.ZstdDecompressor:
-    made = getattr(_local, "decompressor", None)
-    if made is None:
-        made = _local.decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_LIMIT_BYTES)
-    decompressor: zstandard.ZstdDecompressor = made
+    """One decompressor per thread, for the same reason."""
+    if "decompressor" not in _local.__dict__:
+        _local.decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_LIMIT_BYTES)
+    decompressor: zstandard.ZstdDecompressor = _local.decompressor
     return decompressor
 
 

@@ -30,14 +30,22 @@ ITEM_BYTES: dict[Layout, int] = {
 }
 
 
+def item_count(layout: Layout, size_bytes: int) -> int:
+    """Items in a stream of `size_bytes`, which is the size of each of its planes; ArtifactError when one is cut."""
+    if size_bytes % ITEM_BYTES[layout]:
+        raise ArtifactError(
+            Code.UNSUPPORTED, f"{size_bytes} bytes are no whole items of layout {layout}; build the version again"
+        )
+    return size_bytes // ITEM_BYTES[layout]
+
+
 def split_planes(layout: Layout, stored: Bytes) -> list[Bytes]:
     """Planes of `stored` (uint8 [n * item bytes], little-endian), each uint8 [n].
 
     Raises ArtifactError(unsupported) when the bytes do not fit the layout: a length that is no multiple of the item,
     or float32 values off the bfloat16 grid where the layout promises it.
     """
-    if stored.size % ITEM_BYTES[layout]:
-        raise ArtifactError(Code.UNSUPPORTED, f"{stored.size} bytes are no whole items of layout {layout}; use bytes")
+    item_count(layout, stored.size)
     if layout is Layout.BYTES:
         return [stored]
     items = stored.reshape(-1, ITEM_BYTES[layout])

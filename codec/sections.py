@@ -7,11 +7,9 @@ that decodes to the right length but the wrong bytes is noticed where it happene
 import zlib
 from dataclasses import dataclass
 
-import numpy as np
-
-from codec.huffman import decode_huffman, encode_huffman
+from codec.huffman import decode_huffman_into, encode_huffman
 from codec.planes import Bytes
-from codec.rice import decode_rice, encode_rice
+from codec.rice import decode_rice_into, encode_rice
 from wire.errors import ArtifactError, Code
 from wire.index import Section, SectionCodec
 
@@ -37,24 +35,27 @@ def encode_section(plane: Bytes, *, sparse_symbol_bits: int | None = None) -> Co
     """
     raw = plane.tobytes()
     candidates = [(SectionCodec.RAW, raw), (SectionCodec.HUFFMAN, encode_huffman(raw))]
-    if sparse_symbol_bits is not None:
-        candidates.append((SectionCodec.RICE, encode_rice(plane, sparse_symbol_bits)))
+    sparse = None if sparse_symbol_bits is None else encode_rice(plane, sparse_symbol_bits)
+    if sparse is not None:
+        candidates.append((SectionCodec.RICE, sparse))
     codec, coded = min(candidates, key=lambda candidate: len(candidate[1]))
     return CodedSection(codec, len(raw), zlib.crc32(raw), coded)
 
 
-def decode_section(section: Section, coded: bytes | memoryview) -> Bytes:
-    """The plane bytes, uint8 [section.raw_size]; ArtifactError(bad_section) on anything else."""
-    if len(coded) != section.coded_size:
+def decode_section_into(section: Section, coded: bytes, out: Bytes) -> None:
+    """Decode into `out` (uint8 [section.raw_size], contiguous); ArtifactError(bad_section) on anything else."""
+    if len(coded) != section.coded_size or out.size != section.raw_size:
         raise ArtifactError(Code.BAD_SECTION, "section is cut short; fetch the artifact again")
-    if section.codec is SectionCodec.RAW:
-        plane = np.frombuffer(coded, np.uint8)
-    elif section.codec is SectionCodec.HUFFMAN:
-        plane = np.frombuffer(decode_huffman(coded, section.raw_size), np.uint8)
-    elif section.codec is SectionCodec.RICE:
-        plane = decode_rice(coded, section.raw_size)
-    else:
-        raise ArtifactError(Code.BAD_SECTION, f"codec {section.codec.name} is not known here; upgrade this node")
-    if plane.size != section.raw_size or zlib.crc32(plane.data) != section.crc32:
+    match section.codec:
+        case SectionCodec.RAW:
+            if len(coded) != out.size:
+                raise ArtifactError(Code.BAD_SECTION, "raw section has two sizes; publish the artifact again")
+            out.data[:] = coded
+        case SectionCodec.HUFFMAN:
+            decode_huffman_into(coded, out)
+        case SectionCodec.RICE:
+            decode_rice_into(coded, out)
+        case _:
+            raise ArtifactError(Code.BAD_SECTION, f"codec {section.codec.name} is not known here; upgrade this node")
+    if zlib.crc32(out.data) != section.crc32:
         raise ArtifactError(Code.BAD_SECTION, "section decodes to other bytes than were packed; fetch it again")
-    return plane

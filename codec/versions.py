@@ -3,6 +3,7 @@
 Nothing here writes.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 from codec.planes import Bytes
 from wire.documents import DOCUMENT_LIMIT_BYTES, encode_document, parse_document
 from wire.errors import ArtifactError, Code
-from wire.manifest import Stream, VersionDocument
+from wire.manifest import Stream, VersionDocument, streams_of
 
 VERSION_FILE = "version.json"
 
@@ -22,11 +23,43 @@ def read_version(directory: Path) -> VersionDocument:
         with (directory / VERSION_FILE).open("rb") as source:
             data = source.read(DOCUMENT_LIMIT_BYTES + 1)
     except OSError as error:
-        raise ArtifactError(Code.CORRUPT, f"{directory} holds no readable {VERSION_FILE}: {error.strerror}") from error
+        raise ArtifactError(
+            Code.CORRUPT, f"{directory} holds no readable {VERSION_FILE}: {error.strerror}; build or fetch it again"
+        ) from error
     version = parse_document(VersionDocument, data)
     if encode_document(version) != data:
         raise ArtifactError(Code.CORRUPT, f"{directory / VERSION_FILE} is not in canonical form; build it again")
     return version
+
+
+def check_version(version: VersionDocument, directory: Path) -> None:
+    """Raise ArtifactError unless the files have the sizes and digests that `version` states, and nothing but zeros
+    outside their tensors: what a decoder could not restore must not be packed."""
+    for entry in version.files:
+        path = directory / entry.path
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError as error:
+            raise ArtifactError(Code.CORRUPT, f"{path} is missing; build the version again") from error
+        if digest != entry.sha256:
+            raise ArtifactError(Code.DIGEST_MISMATCH, f"{path} was changed after it was built; build the version again")
+    _check_gaps(version, directory)
+
+
+def _check_gaps(version: VersionDocument, directory: Path) -> None:
+    ends = [0] * len(version.files)
+    gaps = []
+    for stream in streams_of(version):
+        gaps.append((stream.file, ends[stream.file], stream.offset))
+        ends[stream.file] = stream.offset + stream.size_bytes
+    gaps += [(file, end, version.files[file].size_bytes) for file, end in enumerate(ends)]
+    for file, start, end in gaps:
+        path = directory / version.files[file].path
+        if start < end and np.fromfile(path, np.uint8, end - start, offset=start).any():
+            raise ArtifactError(
+                Code.UNSUPPORTED, f"{path} has bytes other than zero outside its tensors; build the version again"
+            )
 
 
 def stream_bytes(directory: Path, stream: Stream) -> Bytes:

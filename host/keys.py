@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from host.files import read_bounded, write_atomically
-from wire.documents import encode_document
-from wire.errors import ConfigError
+from wire.documents import DOCUMENT_LIMIT_BYTES, encode_document
+from wire.errors import ArtifactError, Code, ConfigError, StoreError
 from wire.signing import (
     PAYLOAD_TYPES,
     Envelope,
@@ -31,6 +31,8 @@ from wire.signing import (
 )
 
 KEY_LIMIT_BYTES = 4096
+ENVELOPE_OVERHEAD_BYTES = 1024
+"""More than field names, type, key identity and one signature take."""
 KEY_MODE = 0o600
 
 
@@ -45,12 +47,17 @@ class Signer:
         return f"Signer({self.public.keyid[:12]}…)"
 
     def sign(self, role: Role, payload: bytes) -> bytes:
-        """The envelope document of `payload`, as bytes."""
+        """The envelope document of `payload`, as bytes; ArtifactError(bad_document) when no document can hold it."""
+        encoded = base64.b64encode(payload).decode()
+        if len(encoded) + ENVELOPE_OVERHEAD_BYTES > DOCUMENT_LIMIT_BYTES:
+            raise ArtifactError(
+                Code.BAD_DOCUMENT, f"{role} of {len(payload)} bytes is too long to be signed; make it smaller"
+            )
         kind = PAYLOAD_TYPES[role]
         signature = self._private.sign(pre_authentication_encoding(kind, payload))
         envelope = Envelope(
             payloadType=kind,
-            payload=base64.b64encode(payload).decode(),
+            payload=encoded,
             signatures=(EnvelopeSignature(keyid=self.public.keyid, sig=base64.b64encode(signature).decode()),),
         )
         return encode_document(envelope)
@@ -71,10 +78,9 @@ def load_signer(path: Path) -> Signer:
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116  one call for existence and permissions
         pem = read_bounded(path, KEY_LIMIT_BYTES)
-    except OSError as error:
-        raise ConfigError(
-            f"key {path} cannot be read ({error.strerror}); make one with `amperage keys init`"
-        ) from error
+    except (OSError, StoreError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"key {path} cannot be read ({reason}); make one with `amperage keys init`") from error
     if mode & 0o077:
         raise ConfigError(f"key {path} can be read by others; run `chmod 600 {path}`")
     try:

@@ -1,95 +1,32 @@
 """Round trips of whole version directories, full and delta, and refusals of packs that are not what was signed."""
 
 import hashlib
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from codec.decoder import decode_pack
-from codec.encoder import EncodedPack, encode_pack
+from codec.encoder import encode_pack
+from tests.fixtures.codec.versions import make_manifest, make_version, same_files, write_files
 from wire.documents import encode_document
-from wire.errors import ArtifactError, Code
+from wire.errors import ArtifactError, Code, StoreError
 from wire.index import index_size
-from wire.manifest import (
-    DecoderConfig,
-    Dtype,
-    FileEntry,
-    Layout,
-    Manifest,
-    Requirements,
-    TensorColumns,
-    VersionDocument,
-)
-
-CONFIG = DecoderConfig(layers=1, hidden_size=1, kv_heads=1, head_size=1, vocab_size=1, context_tokens=1)
-GOLDEN = b"golden vectors"
+from wire.manifest import TensorColumns, VersionDocument
 
 
-def make_version(directory: Path, *, seed: int = 1, changed: float = 0.0) -> VersionDocument:
-    """A small version with every layout; `changed` is the share of nibbles that differ from seed's own."""
-    directory.mkdir(parents=True)
-    random = np.random.default_rng(seed)
-    nibbles = np.clip(random.normal(8, 2.5, 1_600_000), 0, 15).astype(np.uint8)
-    moved = np.random.default_rng(99).random(nibbles.size) < changed
-    nibbles[moved] = np.clip(nibbles[moved].astype(np.int8) + 1, 0, 15).astype(np.uint8)
-    packed = nibbles[0::2] | nibbles[1::2] << 4
-    floats = random.normal(0, 0.02, 5000).astype(np.float32)
-    grid = (floats.view(np.uint32) & 0xFFFF0000).view(np.float32)
-    parts = [
-        ("packed", Dtype.U4, nibbles.size, Layout.BYTES, packed.tobytes()),
-        ("scales", Dtype.F32, grid.size, Layout.F32_BF16_GRID, grid.tobytes()),
-        ("norm", Dtype.F32, floats.size, Layout.F32, floats.tobytes()),
-        ("half", Dtype.F16, floats.size, Layout.F16, floats.astype(np.float16).tobytes()),
-        ("brain", Dtype.BF16, floats.size, Layout.BF16, (floats.view(np.uint32) >> 16).astype(np.uint16).tobytes()),
-    ]
-    blob, offsets = bytearray(), []
-    for _, _, _, _, data in parts:
-        blob += b"\0" * (-len(blob) % 64)
-        offsets.append(len(blob))
-        blob += data
-    files = {"weights.bin": bytes(blob), "model.onnx": b"graph " * 500, "golden.json": GOLDEN, "empty.txt": b""}
-    entries = []
-    for name, data in files.items():
-        (directory / name).write_bytes(data)
-        entries.append(FileEntry(path=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
-    version = VersionDocument(
-        model="m",
-        version="1",
-        config=CONFIG,
-        files=tuple(entries),
-        tensors=TensorColumns(
-            name=tuple(part[0] for part in parts),
-            file=(0,) * len(parts),
-            dtype=tuple(part[1] for part in parts),
-            shape=tuple((part[2],) for part in parts),
-            offset=tuple(offsets),
-            layout=tuple(part[3] for part in parts),
-        ),
-    )
-    (directory / "version.json").write_bytes(encode_document(version))
-    return version
-
-
-def make_manifest(version: VersionDocument, encoded: EncodedPack, base: str | None = None) -> Manifest:
-    return Manifest(
-        decoded=version.decoded_digest(),
-        version=version,
-        base=base,
-        operations=encoded.operations,
-        index_size_bytes=encoded.index_size_bytes,
-        index_frames=encoded.index_frames,
-        pack_size_bytes=encoded.pack_size_bytes,
-        golden=hashlib.sha256(GOLDEN).hexdigest(),
-        requirements=Requirements(ram_bytes=0, disk_bytes=0),
-    )
-
-
-def same_files(a: Path, b: Path) -> bool:
-    names = sorted(path.name for path in a.iterdir())
-    return names == sorted(path.name for path in b.iterdir()) and all(
-        (a / name).read_bytes() == (b / name).read_bytes() for name in names
-    )
+@contextmanager
+def files_limited() -> Iterator[None]:
+    """No file of this process may grow over 256 KiB meanwhile (setrlimit(2)): a full disk without filling one."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def test_full_pack_decodes_to_the_same_directory(tmp_path: Path) -> None:
@@ -181,3 +118,145 @@ def test_index_is_small_beside_the_pack(tmp_path: Path) -> None:
     encoded = encode_pack(version, tmp_path / "v", tmp_path / "p")
     assert encoded.index_size_bytes < encoded.pack_size_bytes * 0.01
     assert encoded.index_size_bytes >= index_size(1, 1)
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_any_number_of_threads_gives_the_same_directory(tmp_path: Path, threads: int) -> None:
+    version = make_version(tmp_path / "v")
+    encoded = encode_pack(version, tmp_path / "v", tmp_path / "p")
+    (tmp_path / "out").mkdir()
+    decode_pack(make_manifest(version, encoded), tmp_path / "p", tmp_path / "out", threads=threads)
+    assert same_files(tmp_path / "v", tmp_path / "out")
+
+
+def test_delta_of_an_unchanged_version_copies_everything_and_sends_an_index_only(tmp_path: Path) -> None:
+    base = make_version(tmp_path / "base")
+    delta = encode_pack(base, tmp_path / "base", tmp_path / "p", base=(base, tmp_path / "base"))
+    assert set(delta.operations) == {"c"}
+    assert delta.pack_size_bytes == delta.index_size_bytes == index_size(0, 0)
+    (tmp_path / "out").mkdir()
+    manifest = make_manifest(base, delta, base.decoded_digest())
+    decode_pack(manifest, tmp_path / "p", tmp_path / "out", base=tmp_path / "base")
+    assert same_files(tmp_path / "base", tmp_path / "out")
+
+
+def test_stream_unlike_the_base_is_coded_in_full(tmp_path: Path) -> None:
+    base, version = make_version(tmp_path / "base"), make_version(tmp_path / "v", seed=2)
+    delta = encode_pack(version, tmp_path / "v", tmp_path / "p", base=(base, tmp_path / "base"))
+    full = encode_pack(version, tmp_path / "v", tmp_path / "full")
+    assert delta.operations[0] == "f"
+    assert delta.pack_size_bytes <= full.pack_size_bytes
+
+
+def test_delta_without_a_base_is_refused(tmp_path: Path) -> None:
+    base, version = make_version(tmp_path / "base"), make_version(tmp_path / "v", changed=0.02)
+    delta = encode_pack(version, tmp_path / "v", tmp_path / "p", base=(base, tmp_path / "base"))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ArtifactError) as refused:
+        decode_pack(make_manifest(version, delta, base.decoded_digest()), tmp_path / "p", tmp_path / "out")
+    assert refused.value.code is Code.BASE_MISMATCH
+
+
+@pytest.mark.parametrize("spoil", ["shorten", "remove"])
+def test_base_whose_file_is_damaged_is_refused(tmp_path: Path, spoil: str) -> None:
+    base, version = make_version(tmp_path / "base"), make_version(tmp_path / "v", changed=0.02)
+    delta = encode_pack(version, tmp_path / "v", tmp_path / "p", base=(base, tmp_path / "base"))
+    victim = tmp_path / "base" / "weights.bin"
+    os.truncate(victim, 1000) if spoil == "shorten" else victim.unlink()
+    (tmp_path / "out").mkdir()
+    manifest = make_manifest(version, delta, base.decoded_digest())
+    with pytest.raises(ArtifactError) as refused:
+        decode_pack(manifest, tmp_path / "p", tmp_path / "out", base=tmp_path / "base")
+    assert refused.value.code is Code.BASE_MISMATCH
+
+
+def test_base_with_other_bytes_is_refused_by_the_digest(tmp_path: Path) -> None:
+    base, version = make_version(tmp_path / "base"), make_version(tmp_path / "v", changed=0.02)
+    delta = encode_pack(version, tmp_path / "v", tmp_path / "p", base=(base, tmp_path / "base"))
+    victim = tmp_path / "base" / "weights.bin"
+    victim.write_bytes(b"\1" + victim.read_bytes()[1:])
+    (tmp_path / "out").mkdir()
+    manifest = make_manifest(version, delta, base.decoded_digest())
+    with pytest.raises(ArtifactError) as refused:
+        decode_pack(manifest, tmp_path / "p", tmp_path / "out", base=tmp_path / "base")
+    assert refused.value.code is Code.DIGEST_MISMATCH
+
+
+def test_directory_changed_after_it_was_built_is_not_packed(tmp_path: Path) -> None:
+    version = make_version(tmp_path / "v")
+    (tmp_path / "v" / "model.onnx").write_bytes(b"other")
+    with pytest.raises(ArtifactError) as refused:
+        encode_pack(version, tmp_path / "v", tmp_path / "p")
+    assert refused.value.code is Code.DIGEST_MISMATCH
+
+
+def test_bytes_outside_the_tensors_that_a_node_could_not_restore_are_not_packed(tmp_path: Path) -> None:
+    version = make_version(tmp_path / "v", weights=1000)
+    weights = bytearray((tmp_path / "v" / "weights.bin").read_bytes())
+    weights[500] = 1  # the packed tensor ends here, the next begins at 512
+    entry = write_files(tmp_path / "v", {"weights.bin": bytes(weights)})
+    lying = version.model_copy(update={"files": (*entry, *version.files[1:])})
+    with pytest.raises(ArtifactError, match="outside its tensors"):
+        encode_pack(lying, tmp_path / "v", tmp_path / "p")
+
+
+def test_pack_of_another_length_is_refused(tmp_path: Path) -> None:
+    version = make_version(tmp_path / "v", weights=1000)
+    encoded = encode_pack(version, tmp_path / "v", tmp_path / "p")
+    with (tmp_path / "p").open("ab") as pack:
+        pack.write(b"\0")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ArtifactError) as refused:
+        decode_pack(make_manifest(version, encoded), tmp_path / "p", tmp_path / "out")
+    assert refused.value.code is Code.BAD_INDEX
+
+
+def test_version_larger_than_the_disk_is_refused_before_a_block_is_reserved(tmp_path: Path) -> None:
+    version = make_version(tmp_path / "v", weights=1000)
+    encoded = encode_pack(version, tmp_path / "v", tmp_path / "p")
+    huge = [version.files[0].model_copy(update={"size_bytes": 1 << 40, "path": f"huge-{n}"}) for n in range(200)]
+    lying = version.model_copy(update={"files": (*version.files, *huge)})
+    manifest = make_manifest(version, encoded).model_copy(update={"version": lying, "operations": "f" * 208})
+    (tmp_path / "out").mkdir()
+    with files_limited(), pytest.raises(StoreError) as refused:
+        decode_pack(manifest, tmp_path / "p", tmp_path / "out")
+    assert refused.value.code is Code.NO_SPACE
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_file_system_that_refuses_a_block_is_a_store_error_and_no_crash(tmp_path: Path) -> None:
+    version = make_version(tmp_path / "v")
+    encoded = encode_pack(version, tmp_path / "v", tmp_path / "p")
+    (tmp_path / "out").mkdir()
+    with files_limited(), pytest.raises(StoreError) as refused:
+        decode_pack(make_manifest(version, encoded), tmp_path / "p", tmp_path / "out")
+    assert refused.value.code is Code.IO_ERROR
+    assert not (tmp_path / "out" / "version.json").exists()
+
+
+def test_version_without_tensors_round_trips(tmp_path: Path) -> None:
+    made = make_version(tmp_path / "made")
+    (tmp_path / "v").mkdir()
+    files = write_files(tmp_path / "v", {"golden.json": b"golden vectors", "big.bin": b"0123456789" * 300_000})
+    version = VersionDocument(model="m", version="1", config=made.config, files=files, tensors=TensorColumns())
+    (tmp_path / "v" / "version.json").write_bytes(encode_document(version))
+    encoded = encode_pack(version, tmp_path / "v", tmp_path / "p")
+    (tmp_path / "out").mkdir()
+    decode_pack(make_manifest(version, encoded), tmp_path / "p", tmp_path / "out")
+    assert same_files(tmp_path / "v", tmp_path / "out")
+
+
+def test_progress_ends_at_the_total_and_never_goes_back(tmp_path: Path) -> None:
+    version = make_version(tmp_path / "v")
+    seen: list[tuple[int, int]] = []
+    encode_pack(version, tmp_path / "v", tmp_path / "p", progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_figures_add_up_to_the_pack(tmp_path: Path) -> None:
+    version = make_version(tmp_path / "v")
+    encoded = encode_pack(version, tmp_path / "v", tmp_path / "p")
+    assert sum(plane.coded_bytes for plane in encoded.planes) == encoded.pack_size_bytes - encoded.index_size_bytes
+    packed = next(plane for plane in encoded.planes if plane.stream == "packed")
+    assert packed.entropy_bytes <= packed.coded_bytes < packed.entropy_bytes * 1.01

@@ -1,0 +1,176 @@
+"""Planes, differences and sections: everything comes back, and all damage ends in ArtifactError or other bytes."""
+
+import contextlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from codec.difference import add, subtract, symbol_bits
+from codec.entropy import byte_histogram, entropy_bytes, nibble_histogram
+from codec.huffman import decode_huffman_into, encode_huffman
+from codec.planes import ITEM_BYTES, join_planes, split_planes
+from codec.rice import decode_rice_into, encode_rice
+from codec.sections import decode_section_into, encode_section
+from wire.errors import ArtifactError, Code
+from wire.index import SectionCodec
+from wire.manifest import Dtype, Layout
+
+PLANES = st.binary(min_size=1, max_size=3000)
+SPARSE = st.lists(st.sampled_from([0] * 60 + [1, 15, 16, 1, 15, 16, 240, 255, 7]), min_size=1, max_size=3000).map(bytes)
+
+
+def array(data: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(data, np.uint8)
+
+
+def filled(size: int) -> NDArray[np.uint8]:
+    """A target that holds other bytes before: whatever a decoder does not write shows."""
+    return np.full(size, 0xA5, np.uint8)
+
+
+@given(st.one_of(PLANES, SPARSE), st.sampled_from([4, 8]))
+def test_rice_round_trip_returns_the_plane(data: bytes, bits: int) -> None:
+    coded = encode_rice(array(data), bits)
+    symbols = [b for byte in data for b in (byte & 15, byte >> 4)] if bits == 4 else list(data)
+    assert (coded is None) == (sum(s != 0 for s in symbols) * 4 > len(symbols))
+    if coded is not None:
+        out = filled(len(data))
+        decode_rice_into(coded, out)
+        assert out.tobytes() == data
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1e-4, 1e-3, 1e-2, 0.1]), st.sampled_from([4, 8]))
+@settings(max_examples=20)
+def test_rice_stays_near_the_entropy_of_a_random_difference(seed: int, density: float, bits: int) -> None:
+    random = np.random.default_rng(seed)
+    count = 1 << 19
+    symbols = np.where(random.random(count) < density, random.choice([1, (1 << bits) - 1], count), 0).astype(np.uint8)
+    plane = symbols if bits == 8 else symbols[0::2] | symbols[1::2] << 4
+    histogram = byte_histogram(plane) if bits == 8 else nibble_histogram(plane)
+    coded = encode_rice(plane, bits)
+    assert coded is not None
+    assert len(coded) <= entropy_bytes(histogram) * 1.035 + 20
+    out = filled(plane.size)
+    decode_rice_into(coded, out)
+    assert np.array_equal(out, plane)
+
+
+@given(st.one_of(PLANES, SPARSE), st.sampled_from([None, 4, 8]))
+def test_section_round_trip_returns_the_plane_and_never_expands(data: bytes, bits: int | None) -> None:
+    section = encode_section(array(data), sparse_symbol_bits=bits)
+    assert len(section.coded) <= len(data)
+    out = filled(len(data))
+    decode_section_into(section.row(0, 0), section.coded, out)
+    assert out.tobytes() == data
+
+
+@given(SPARSE, st.sampled_from([4, 8]), st.data())
+@settings(max_examples=300)
+def test_damaged_rice_section_ends_in_artifact_error_or_other_bytes(
+    data: bytes, bits: int, draw: st.DataObject
+) -> None:
+    whole = encode_rice(array(data), bits)
+    if whole is None:
+        return
+    coded = bytearray(whole)
+    for _ in range(draw.draw(st.integers(1, 4))):
+        coded[draw.draw(st.integers(0, len(coded) - 1))] ^= draw.draw(st.integers(1, 255))
+    cut = draw.draw(st.integers(0, len(coded)))
+    for spoiled in (bytes(coded), bytes(coded[:cut])):
+        with contextlib.suppress(ArtifactError):  # the CRC of the section catches what is still well formed
+            decode_rice_into(spoiled, filled(len(data)))
+
+
+@given(st.binary(max_size=400), st.integers(1, 3000))
+@settings(max_examples=300)
+def test_random_bytes_as_a_rice_section_end_in_artifact_error_or_a_plane(coded: bytes, size: int) -> None:
+    with contextlib.suppress(ArtifactError):
+        decode_rice_into(coded, filled(size))
+
+
+@given(SPARSE, st.data())
+def test_damaged_zstd_section_ends_in_artifact_error_or_other_bytes(data: bytes, draw: st.DataObject) -> None:
+    coded = bytearray(encode_huffman(data))
+    coded[draw.draw(st.integers(0, len(coded) - 1))] ^= draw.draw(st.integers(1, 255))
+    cut = draw.draw(st.integers(0, len(coded)))
+    for spoiled in (bytes(coded), bytes(coded[:cut])):
+        with contextlib.suppress(ArtifactError):
+            decode_huffman_into(spoiled, filled(len(data)))
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        bytes.fromhex("28b52ffde06c06060663636363"),  # claims 7 exabytes in 13 bytes
+        encode_huffman(bytes(1 << 20)),  # a megabyte of zeros in a few bytes, where 100 are signed
+        encode_huffman(bytes(100)) + b"\0",
+        encode_huffman(bytes(100)) + encode_huffman(bytes(100)),
+        encode_huffman(bytes(100))[:-1],
+        bytes.fromhex("502a4d1804000000") + bytes(4),  # a skippable frame
+        b"",
+    ],
+)
+def test_zstd_frame_that_is_not_exactly_what_was_signed_is_refused(frame: bytes) -> None:
+    with pytest.raises(ArtifactError) as refused:
+        decode_huffman_into(frame, filled(100))
+    assert refused.value.code is Code.BAD_SECTION
+
+
+def test_codec_of_a_newer_encoder_is_refused() -> None:
+    row = encode_section(array(bytes(50))).row(0, 0)
+    for codec in (SectionCodec.ANS, SectionCodec.DICTIONARY):
+        newer = type(row)(0, 0, codec, row.raw_size, row.coded_size, row.crc32)
+        with pytest.raises(ArtifactError, match="upgrade this node"):
+            decode_section_into(newer, bytes(row.coded_size), filled(50))
+
+
+@given(st.sampled_from(list(Layout)), st.binary(min_size=8, max_size=400))
+def test_split_and_join_return_the_bytes(layout: Layout, data: bytes) -> None:
+    stored = array(data[: len(data) // 8 * 8]).copy()
+    if layout is Layout.F32_BF16_GRID:
+        stored.reshape(-1, 4)[:, :2] = 0
+    planes = split_planes(layout, stored)
+    assert {plane.size for plane in planes} == {stored.size // ITEM_BYTES[layout]}
+    out = filled(stored.size)
+    join_planes(layout, planes, out)
+    assert out.tobytes() == stored.tobytes()
+
+
+def test_planes_hold_the_fields_of_a_float() -> None:
+    value = np.array([-1.5], np.float32)  # sign 1, exponent 127, mantissa 1.1 in binary
+    exponent, sign, middle, low = (int(plane[0]) for plane in split_planes(Layout.F32, value.view(np.uint8)))
+    assert (exponent, sign, middle, low) == (127, 0x80 | 0x40, 0, 0)
+    grid = split_planes(Layout.F32_BF16_GRID, value.view(np.uint8))
+    brain = split_planes(Layout.BF16, value.view(np.uint8)[2:])
+    assert [int(plane[0]) for plane in grid] == [int(plane[0]) for plane in brain] == [127, 0xC0]
+
+
+def test_value_off_the_bf16_grid_is_refused() -> None:
+    stored = np.array([1.0, 1.0000001], np.float32).view(np.uint8)
+    with pytest.raises(ArtifactError, match="off the bfloat16 grid"):
+        split_planes(Layout.F32_BF16_GRID, stored)
+
+
+@pytest.mark.parametrize("layout", [Layout.F16, Layout.BF16, Layout.F32, Layout.F32_BF16_GRID])
+def test_stream_that_cuts_an_item_is_refused(layout: Layout) -> None:
+    with pytest.raises(ArtifactError, match="no whole items"):
+        split_planes(layout, np.zeros(7, np.uint8))
+
+
+@given(
+    st.binary(min_size=1, max_size=200), st.binary(min_size=200, max_size=200), st.sampled_from([Dtype.U4, Dtype.I8])
+)
+def test_base_plus_difference_is_the_new_plane(new: bytes, base: bytes, dtype: Dtype) -> None:
+    a, b = array(new), array(base)[: len(new)]
+    assert add(dtype, b, subtract(dtype, a, b)).tobytes() == new
+
+
+@given(st.binary(min_size=1, max_size=50), st.binary(min_size=50, max_size=50))
+def test_nibble_difference_is_modulo_16_in_each_nibble(new: bytes, base: bytes) -> None:
+    difference = subtract(Dtype.U4, array(new), array(base)[: len(new)])
+    wanted = [((a & 15) - (b & 15)) % 16 | ((a >> 4) - (b >> 4)) % 16 << 4 for a, b in zip(new, base, strict=False)]
+    assert difference.tolist() == wanted
+    assert symbol_bits(Dtype.U4) == 4

@@ -1,0 +1,1 @@
+"""Independent references that tests judge the project by; they share no code with it."""

@@ -1,1 +1,1 @@
-"""The control plane: depot, library, rollouts, telemetry store, API. Imports wire, codec and host only."""
+"""The control plane: depot, library of releases, rollouts, telemetry, REST API. Nodes never import it."""

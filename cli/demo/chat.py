@@ -88,7 +88,7 @@ class Load:
     model: str
     plain_clients: int = 2
     stream_clients: int = 2
-    stream_tokens: int = 400
+    stream_tokens: int = 900
     answers: list[Answer] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)

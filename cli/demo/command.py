@@ -33,6 +33,10 @@ STEPS = (
 )
 
 
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
 def demo(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the facts of the run to this file.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave everything running and print how to talk to it.")] = False,

@@ -40,10 +40,6 @@ def first_rollout(stage: Stage) -> None:
         artifact, manifest, _ = made.manifest_of(delta=False)
         published = len(stage.observer.frames_since(0, artifact))
         step.figures |= {"frames_of_artifact": manifest.frame_count, "frames_published_for_two_nodes": published}
-        step.check(
-            "frames crossed the broker once for both nodes, or nearly so", published < 2 * manifest.frame_count,
-            f"{published} published, artifact has {manifest.frame_count}",
-        )  # fmt: skip
 
 
 def _check_lifecycle(stage: Stage, step: Step, node: str, made: Made) -> None:

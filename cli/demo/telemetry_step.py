@@ -30,9 +30,7 @@ def show_telemetry(stage: Stage) -> None:
             step.check(
                 f"{node}: energy carries source and method",
                 bool(energy.get("source")) and energy.get("method") in ("measured", "estimated"),
-                f"{energy['method']} by {energy['source']}, {energy['power_w']:.1f} W"
-                if energy is not None
-                else "absent",
+                f"{energy.get('method')} by {energy.get('source')}, {energy.get('power_w', 0):.1f} W",
             )
             health = window["health"]
             step.check(

@@ -54,7 +54,8 @@ class Generation:
     sink: Callable[[Event], None]
     ends: frozenset[int] = frozenset()
     """Tokens that end the answer and are no part of it."""
-    cancelled: bool = False
+    cancelled: Reason | None = None
+    """Set by Engine.cancel: how it is to end at the next step."""
     # the engine's from here on
     sampler: Sampler = field(init=False)
     slot: int = -1
@@ -127,10 +128,10 @@ class Engine:
             self._changed.notify()
         self.stats.began(len(generation.prompt))
 
-    def cancel(self, generation: Generation) -> None:
-        """Stop working for a request, from any thread, before the next step; it ends as cancelled."""
+    def cancel(self, generation: Generation, reason: Reason = Reason.CANCELLED) -> None:
+        """Stop working for a request, from any thread, before the next step; STOP means that it has all it wants."""
         with self._changed:
-            generation.cancelled = True
+            generation.cancelled = reason
             if generation in self._waiting:
                 self._waiting.remove(generation)
                 self._open -= 1
@@ -159,11 +160,10 @@ class Engine:
             return not self._closed
 
     def _drop_cancelled(self) -> None:
-        left = [generation for generation in self._running if generation.cancelled]
-        if self._reading is not None and self._reading.cancelled:
-            left.append(self._reading)
+        here = [*self._running, self._reading] if self._reading is not None else self._running
+        left: Deliveries = [(g, End(g.cancelled)) for g in here if g.cancelled is not None]
         if left:
-            self._end(left, End(Reason.CANCELLED))
+            self._finish(left)
 
     def _decode(self) -> None:
         """One token for every running answer."""
@@ -248,13 +248,11 @@ class Engine:
         if deliveries:
             self._deliver(deliveries)
 
-    def _end(self, generations: list[Generation], end: End) -> None:
-        self._finish([(generation, end) for generation in generations])
-
     def _fail(self, generations: list[Generation], error: Exception) -> None:
         _log.error("step failed", requests=len(generations), error=str(error)[:500])
         message = "the model failed on this request; the runtime's log has the reason"
-        self._end(generations, End(Reason.FAILED, InferenceError(Code.INTERNAL, message, 500)))
+        end = End(Reason.FAILED, InferenceError(Code.INTERNAL, message, 500))
+        self._finish([(generation, end) for generation in generations])
 
     def _leave(self, generation: Generation, end: End) -> None:
         """Free the slot; the last running answer moves into the gap."""

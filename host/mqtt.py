@@ -19,7 +19,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from paho.mqtt.client import Client, ConnectFlags, MQTTMessage, MQTTMessageInfo
@@ -29,14 +28,14 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from host.files import read_bounded
 from host.link import Broker, LinkDown, LinkFigures, LinkState, LinkUp, Publication, Received, Will
+from host.outgoing import OUTGOING_LIMIT_BYTES, Message, Outgoing
 from host.pacing import Backoff, TokenBucket
-from wire.errors import Code, ConfigError, TransferError
+from wire.errors import ConfigError
 
 CONNACK_TIMEOUT_S = 10.0
 RECONNECT_FIRST_S = 0.25
 IN_FLIGHT_MESSAGES = 20
 """Own messages between write and PUBACK: what brokers allow by default (mosquitto.conf(5), max_inflight_messages)."""
-OUTGOING_LIMIT_BYTES = 8 * 1024 * 1024
 CAPPED_RECEIVE_BUFFER_BYTES = 256 * 1024
 """With a cap, what the kernel holds unread is time that a pause or a ping response waits: keep it small."""
 PACKET_OVERHEAD_BYTES = 9
@@ -44,15 +43,6 @@ PACKET_OVERHEAD_BYTES = 9
 FULL_INBOX_POLL_S = 0.005
 IDLE_TURN_S = 0.5
 CAP_BURST_S = 0.25
-
-
-@dataclass(slots=True)
-class _Outgoing:
-    topic: str
-    payload: bytes
-    qos: int
-    retain: bool
-    publication: Publication
 
 
 class Connection:
@@ -76,12 +66,10 @@ class Connection:
         self._inbox = inbox
         self._will = will
         self._bucket = _bucket(rate_limit_bytes_per_s)
-        self._lock = threading.Condition()
-        self._outgoing: deque[_Outgoing] = deque()
-        self._outgoing_bytes = 0
+        self._lock = threading.RLock()
+        self._outgoing: Outgoing[MQTTMessageInfo] = Outgoing()
         self._chores: deque[Callable[[], None]] = deque()
         self._subscriptions: dict[str, int] = {}
-        self._in_flight: list[tuple[MQTTMessageInfo, _Outgoing]] = []
         self._arrived: deque[Received | LinkUp | LinkDown] = deque()
         self._state = LinkState.DOWN
         self._session = 0
@@ -120,13 +108,7 @@ class Connection:
             if self._state is LinkState.STOPPED or (qos == 0 and self._state is LinkState.DOWN):
                 publication.settle(sent=False)
                 return publication
-            if self._outgoing and self._outgoing_bytes + publication.size_bytes > OUTGOING_LIMIT_BYTES:
-                raise TransferError(
-                    Code.BROKER_UNREACHABLE,
-                    f"{self._outgoing_bytes} bytes wait for the broker already; wait for outgoing_bytes to fall",
-                )
-            self._outgoing.append(_Outgoing(topic, payload, qos, retain, publication))
-            self._outgoing_bytes += publication.size_bytes
+            self._outgoing.offer(Message(topic, payload, qos, retain, publication))
         self._nudge()
         return publication
 
@@ -148,12 +130,11 @@ class Connection:
 
     def outgoing_bytes(self) -> int:
         """Bytes accepted by `publish` whose Publication is not over."""
-        return self._outgoing_bytes
+        return self._outgoing.waiting_bytes
 
     def wait_outgoing_below(self, limit_bytes: int, timeout_s: float) -> bool:
         """Wait until `outgoing_bytes` is below `limit_bytes`; False after `timeout_s`."""
-        with self._lock:
-            return self._lock.wait_for(lambda: self._outgoing_bytes < limit_bytes, timeout_s)
+        return self._outgoing.wait_below(limit_bytes, timeout_s)
 
     def figures(self) -> LinkFigures:
         """Counters of messages (payload, topic and header) and liveness."""
@@ -239,7 +220,7 @@ class Connection:
             before = self._session
             try:
                 reason = self._live()
-            except (OSError, ValueError) as error:
+            except Exception as error:  # noqa: BLE001  whatever a broker's bytes make paho raise ends the link only
                 reason = f"{self._broker.host}:{self._broker.port}: {error}"
             self._go_down(reason)
             if self._session > before:
@@ -252,7 +233,7 @@ class Connection:
             if self._state is not LinkState.STOPPED:
                 self._state = LinkState.STOPPED
                 os.close(self._wake)
-        self._drop_outgoing(everything=True)
+        self._outgoing.drop(everything=True)
 
     def _live(self) -> str:
         """One link from connect to its end; the reason why it ended."""
@@ -301,7 +282,7 @@ class Connection:
             code = self._client.loop_write()
             if code != MQTTErrorCode.MQTT_ERR_SUCCESS:
                 return code
-        self._settle()
+        self._outgoing.settle(_fate)
         return self._client.loop_misc()
 
     def _wait(self, link: Any, timeout_s: float, *, read: bool) -> tuple[bool, bool]:
@@ -339,32 +320,13 @@ class Connection:
             if self._chores:
                 self._chores.popleft()()
                 continue
-            if not self._outgoing or len(self._in_flight) >= IN_FLIGHT_MESSAGES:
+            if not len(self._outgoing) or len(self._outgoing.handed) >= IN_FLIGHT_MESSAGES:
                 return
-            message = self._outgoing.popleft()
+            message = self._outgoing.take()
             info = self._client.publish(message.topic, message.payload, message.qos, message.retain)
             self._tx_bytes += message.publication.size_bytes
-            self._in_flight.append((info, message))
-            self._settle()
-
-    def _settle(self) -> None:
-        kept = []
-        for info, message in self._in_flight:
-            try:
-                over, sent = info.is_published(), True
-            except (RuntimeError, ValueError):
-                over, sent = True, False
-            if over:
-                self._finish(message, sent)
-            else:
-                kept.append((info, message))
-        self._in_flight = kept
-
-    def _finish(self, message: _Outgoing, sent: bool) -> None:
-        with self._lock:
-            self._outgoing_bytes -= message.publication.size_bytes
-            self._lock.notify_all()
-        message.publication.settle(sent)
+            self._outgoing.handed.append((info, message))
+            self._outgoing.settle(_fate)
 
     def _go_down(self, reason: str) -> None:
         with self._lock:
@@ -376,30 +338,14 @@ class Connection:
             self._told = reason
             self._arrived.append(LinkDown(self.client_id, self._session, reason))
         self._deliver()
-        self._drop_outgoing(everything=False)
-
-    def _drop_outgoing(self, *, everything: bool) -> None:
-        """QoS 0 dies with the link; paho sends unacknowledged QoS 1 again after the next connect."""
-        with self._lock:
-            waiting, self._outgoing = self._outgoing, deque()
-        in_flight, self._in_flight = self._in_flight, []
-        for info, message in in_flight:
-            if everything or message.qos == 0:
-                self._finish(message, sent=False)
-            else:
-                self._in_flight.append((info, message))
-        for message in waiting:
-            if everything or message.qos == 0:
-                self._finish(message, sent=False)
-            else:
-                self._outgoing.append(message)
+        self._outgoing.drop(everything=False)
 
     def _leave(self) -> None:
         """Write what waits for up to a second, then say DISCONNECT, so that the broker keeps the will to itself."""
         until_s = time.monotonic() + 1.0
         while self._state is LinkState.UP and time.monotonic() < until_s:
             self._write_waiting()
-            if not self._outgoing and not self._client.want_write():
+            if not len(self._outgoing) and not self._client.want_write():
                 break
             link: Any = self._client.socket()
             if link is None or self._client.loop_write() != MQTTErrorCode.MQTT_ERR_SUCCESS:
@@ -409,6 +355,13 @@ class Connection:
         self._client.loop_write()
 
 
+def _fate(info: MQTTMessageInfo) -> bool | None:
+    try:
+        return True if info.is_published() else None
+    except (RuntimeError, ValueError):
+        return False
+
+
 def _bucket(rate_limit_bytes_per_s: int | None) -> TokenBucket | None:
     if not rate_limit_bytes_per_s:
         return None
@@ -416,5 +369,14 @@ def _bucket(rate_limit_bytes_per_s: int | None) -> TokenBucket | None:
 
 
 __all__ = [
-    "Broker", "Connection", "LinkDown", "LinkFigures", "LinkState", "LinkUp", "Publication", "Received", "Will",
-]  # fmt: skip
+    "OUTGOING_LIMIT_BYTES",
+    "Broker",
+    "Connection",
+    "LinkDown",
+    "LinkFigures",
+    "LinkState",
+    "LinkUp",
+    "Publication",
+    "Received",
+    "Will",
+]

@@ -1,90 +1,101 @@
-"""The admin socket: Triton's model repository extension (index, load, unload), probe and statistics.
+"""The admin socket: Triton's repository extension (index, load, unload), the probe, and the counters.
 
-Only the agent's user can open the socket (mode 0600); bodies are bounded all the same.
+Only the agent may open it (mode 0600). Invariant: an answer other than 200 to a load means that what served before
+still serves; a probe answers 200 whatever its verdict.
 """
 
 import asyncio
-import os
-import time
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from runtime.api import answer_error, read_body
+from runtime.api import live
+from runtime.http import EXCEPTION_HANDLERS, json_response, read_body, watch_client
 from runtime.probe import run_probe
-from runtime.registry import Registry
+from runtime.registry import Place, Registry
 from runtime.settings import RuntimeSettings
 from wire.documents import encode_document, parse_document
-from wire.errors import AmperageError, ArtifactError, DeployError, InferenceError
-from wire.serving import ProbeRequest, RuntimeStats
+from wire.errors import ArtifactError, Code, InferenceError
+from wire.serving import ProbeReport, ProbeRequest, RuntimeStats
 
-BODY_LIMIT_BYTES = 64 * 1024
+ADMIN_BODY_LIMIT_BYTES = 64 * 1024
 
 
-def admin_app(registry: Registry, settings: RuntimeSettings) -> Starlette:
-    """The application behind the admin socket."""
-    api = _Admin(registry, settings)
-    stem = "/v2/repository/models/{model}"
-    return Starlette(
+def make_admin(registry: Registry, settings: RuntimeSettings, pid: int, started_s: float) -> Starlette:
+    """The application behind the admin socket; `started_s` is seconds since 1970."""
+    app = Starlette(
         routes=[
-            Route("/v2/health/live", api.live),
-            Route("/v2/repository/index", api.index, methods=["POST"]),
-            Route(f"{stem}/load", api.load, methods=["POST"]),
-            Route(f"{stem}/unload", api.unload, methods=["POST"]),
-            Route(f"{stem}/probe", api.probe, methods=["POST"]),
-            Route("/v2/models/stats", api.stats),
+            Route("/v2/health/live", live),
+            Route("/v2/models/stats", stats),
+            Route("/v2/repository/index", index, methods=["POST"]),
+            Route("/v2/repository/models/{model}/load", load, methods=["POST"]),
+            Route("/v2/repository/models/{model}/unload", unload, methods=["POST"]),
+            Route("/v2/repository/models/{model}/probe", probe, methods=["POST"]),
         ],
-        exception_handlers={
-            InferenceError: answer_error, DeployError: _answer_refusal, ArtifactError: _answer_refusal,
-        },
-    )  # fmt: skip
+        exception_handlers=EXCEPTION_HANDLERS,
+    )
+    app.state.registry, app.state.settings = registry, settings
+    app.state.pid, app.state.started_s = pid, started_s
+    app.state.one_probe = asyncio.Lock()
+    return app
 
 
-async def _answer_refusal(_request: Request, error: Exception) -> Response:
-    """Triton's error body with our stable code; 409 because the request was understood and the state forbids it."""
-    assert isinstance(error, AmperageError)  # noqa: S101  starlette routes by this very type
-    return JSONResponse({"error": error.message, "code": str(error.code)}, 409)
+async def index(request: Request) -> Response:
+    """POST /v2/repository/index: a row per model that was tried."""
+    registry: Registry = request.app.state.registry
+    rows = [_index_row(name, place) for name, place in sorted(registry.places().items())]
+    return json_response(rows)
 
 
-class _Admin:
-    def __init__(self, registry: Registry, settings: RuntimeSettings) -> None:
-        self._registry = registry
-        self._settings = settings
-        self._started_s = time.time()
+async def load(request: Request) -> Response:
+    """POST /v2/repository/models/{model}/load."""
+    await read_body(request, ADMIN_BODY_LIMIT_BYTES)
+    version = await request.app.state.registry.load(request.path_params["model"])
+    return json_response({"decoded": version.entry.decoded, "version": version.entry.version})
 
-    async def live(self, _request: Request) -> Response:
-        return JSONResponse({"live": True})
 
-    async def index(self, request: Request) -> Response:
-        await read_body(request, BODY_LIMIT_BYTES, self._settings.body_timeout_s)
-        rows = [
-            {"name": served.order.model, "version": served.order.version, "state": "READY", "reason": "",
-             "decoded": served.order.decoded}
-            for served in self._registry.served()
-        ]  # fmt: skip
-        faults = self._registry.faults().items()
-        rows += [{"name": name, "version": "", "state": "UNAVAILABLE", "reason": why} for name, why in faults]
-        return JSONResponse(rows)
+async def unload(request: Request) -> Response:
+    """POST /v2/repository/models/{model}/unload."""
+    await read_body(request, ADMIN_BODY_LIMIT_BYTES)
+    await request.app.state.registry.unload(request.path_params["model"])
+    return json_response({})
 
-    async def load(self, request: Request) -> Response:
-        await read_body(request, BODY_LIMIT_BYTES, self._settings.body_timeout_s)
-        order = await asyncio.to_thread(self._registry.load, request.path_params["model"])
-        return JSONResponse({"decoded": order.decoded, "version": order.version})
 
-    async def unload(self, request: Request) -> Response:
-        await read_body(request, BODY_LIMIT_BYTES, self._settings.body_timeout_s)
-        await asyncio.to_thread(self._registry.unload, request.path_params["model"])
-        return JSONResponse({})
+async def probe(request: Request) -> Response:
+    """POST /v2/repository/models/{model}/probe; one at a time, ended when its client leaves."""
+    try:
+        order = parse_document(ProbeRequest, await read_body(request, ADMIN_BODY_LIMIT_BYTES))
+    except ArtifactError as error:
+        raise InferenceError(Code.BAD_REQUEST, error.message, 400) from error
+    settings: RuntimeSettings = request.app.state.settings
 
-    async def probe(self, request: Request) -> Response:
-        body = await read_body(request, BODY_LIMIT_BYTES, self._settings.body_timeout_s)
-        order = parse_document(ProbeRequest, body)
-        report = await asyncio.to_thread(run_probe, self._settings, order)
-        return Response(encode_document(report), media_type="application/json")
+    async def alone() -> ProbeReport:
+        async with request.app.state.one_probe:
+            return await run_probe(settings.store / "versions", order, settings)
 
-    async def stats(self, _request: Request) -> Response:
-        rows = tuple(served.snapshot() for served in self._registry.served())
-        stats = RuntimeStats(pid=os.getpid(), started_s=self._started_s, models=rows)
-        return Response(encode_document(stats), media_type="application/json")
+    task = asyncio.create_task(alone())
+    async with watch_client(request.receive, task.cancel):
+        try:
+            report = await task
+        except asyncio.CancelledError:
+            return Response(status_code=499)
+    return Response(encode_document(report), media_type="application/json")
+
+
+async def stats(request: Request) -> Response:
+    """GET /v2/models/stats."""
+    state = request.app.state
+    content = RuntimeStats(pid=state.pid, started_s=state.started_s, models=state.registry.stats())
+    return Response(encode_document(content), media_type="application/json")
+
+
+def _index_row(name: str, place: Place) -> dict[str, object]:
+    version = place.current
+    state = "READY" if version else "LOADING" if place.loading else "UNAVAILABLE"
+    return {
+        "name": name, "version": version.entry.version if version else "", "state": state,
+        "reason": str(place.error) if place.error else "", "decoded": version.entry.decoded if version else "",
+        "draining": len(place.draining),
+    }  # fmt: skip

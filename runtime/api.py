@@ -1,269 +1,247 @@
-"""The public socket: OpenAI's routes, health, and Prometheus metrics.
+"""The public socket: OpenAI's chat completions, completions and models; health; metrics; Open Inference Protocol v2.
 
-A request is bound to the version that it was submitted to and ends on it, whatever is swapped meanwhile.
+A request keeps the version that it began on until it ends, and `system_fingerprint` names it. Streams are server-sent
+events: the role comes first, `finish_reason` last, then the usage when it was asked for, then [DONE].
 """
 
-import asyncio
-import json
-from collections.abc import AsyncIterator
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
-from runtime.engine import Finished, FinishReason, Generation
+from runtime.answer import Answer, Wanted
+from runtime.bodies import ChatRequest, CompletionRequest, parse_body
+from runtime.http import EXCEPTION_HANDLERS, encode_json, error_content, json_response, read_body, watch_client
 from runtime.metrics import render_metrics
-from runtime.registry import Registry, Served
-from runtime.schemas import AnswerShape, ChatBody, CompletionBody, GenerationBody, parse_body, usage_of
+from runtime.registry import Loaded, Registry
 from runtime.settings import RuntimeSettings
-from runtime.text import TextStream
-from wire.errors import Code, InferenceError
+from wire.errors import InferenceError
 
-log = structlog.get_logger()
-
-_END = b"data: [DONE]\n\n"
-SUBMIT_ATTEMPTS = 8
-"""A version may leave between `get` and `submit`; then the next one is asked."""
-
-
-def public_app(registry: Registry, settings: RuntimeSettings) -> Starlette:
-    """The application behind the public socket."""
-    api = _Api(registry, settings)
-    return Starlette(
-        routes=[
-            Route("/v1/chat/completions", api.chat, methods=["POST"]),
-            Route("/v1/completions", api.complete, methods=["POST"]),
-            Route("/v1/models", api.models),
-            Route("/v1/models/{model}", api.one_model),
-            Route("/health", api.health),
-            Route("/v2", api.server_metadata),
-            Route("/v2/health/live", api.live),
-            Route("/v2/health/ready", api.health),
-            Route("/v2/models/{model}", api.model_metadata),
-            Route("/v2/models/{model}/ready", api.model_ready),
-            Route("/metrics", api.metrics),
-        ],
-        exception_handlers={InferenceError: answer_error},
-    )
-
-
-async def answer_error(_request: Request, error: Exception) -> Response:
-    """An OpenAI-shaped error with our stable code."""
-    assert isinstance(error, InferenceError)  # noqa: S101  starlette routes by this very type
-    headers = {} if error.retry_after_s is None else {"Retry-After": f"{error.retry_after_s:.0f}"}
-    kind = "invalid_request_error" if error.http_status < 500 else "server_error"
-    body = {"error": {"message": error.message, "type": kind, "param": None, "code": str(error.code)}}
-    return JSONResponse(body, error.http_status, headers)
-
-
-async def read_body(request: Request, limit_bytes: int, timeout_s: float) -> bytes:
-    """The body, bounded in size and time. Raises InferenceError(bad_request) with 413 or 408."""
-    parts: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(timeout_s):
-            async for part in request.stream():
-                size += len(part)
-                if size > limit_bytes:
-                    raise InferenceError(Code.BAD_REQUEST, f"the body is over {limit_bytes} bytes; send less", 413)
-                parts.append(part)
-    except TimeoutError as error:
-        raise InferenceError(Code.BAD_REQUEST, f"the body did not arrive within {timeout_s:g} s", 408) from error
-    except ClientDisconnect as error:
-        raise InferenceError(Code.BAD_REQUEST, "the client left while sending", 400) from error
-    return b"".join(parts)
+STARTED_S = int(time.time())
+_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
-    """Messages with role and text, for the chat template."""
+class Form:
+    """How one of the two completion APIs writes its answers."""
 
-    messages: tuple[dict[str, Any], ...]
+    kind: str
+    chunk_kind: str
+    prefix: str
+    chat: bool
 
-
-Prompt = str | list[int] | Conversation
-"""A text, token ids, or the messages of a conversation."""
-
-
-@dataclass(slots=True)
-class _Running:
-    """A submitted request with the queue that its tokens arrive in."""
-
-    served: Served
-    generation: Generation
-    tokens: "asyncio.Queue[int | Finished]"
-    stream: TextStream
-
-    async def pieces(self) -> AsyncIterator[str | FinishReason]:
-        """Pieces of text, then the reason of the end. Cancels the generation when the consumer leaves early."""
-        try:
-            while True:
-                item = await self.tokens.get()
-                if isinstance(item, Finished):
-                    if item.reason is FinishReason.FAILED:
-                        raise InferenceError(Code.INTERNAL, f"the model failed: {item.detail}", 500)
-                    if rest := self.stream.finish():
-                        yield rest
-                    yield item.reason
-                    return
-                if text := self.stream.push(item):
-                    yield text
-                if self.stream.stopped:
-                    yield FinishReason.STOP
-                    return
-        finally:
-            self.generation.cancelled = True
-
-    def usage(self) -> dict[str, Any]:
-        """Tokens so far."""
-        return usage_of(len(self.generation.prompt), self.generation.produced)
+    def choice(self, text: str, reason: str | None, *, chunk: bool, first: bool = False) -> dict[str, Any]:
+        """The one entry of `choices`; in a chunk `text` is a piece."""
+        if not self.chat:
+            body: dict[str, Any] = {"text": text}
+        elif chunk:
+            role = {"role": "assistant"} if first else {}
+            body = {"delta": role | ({"content": text} if text or first else {})}
+        else:
+            body = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        return {"index": 0, **body, "logprobs": None, "finish_reason": reason}
 
 
-class _Api:
-    def __init__(self, registry: Registry, settings: RuntimeSettings) -> None:
-        self._registry = registry
-        self._settings = settings
+CHAT = Form("chat.completion", "chat.completion.chunk", "chatcmpl", chat=True)
+TEXT = Form("text_completion", "text_completion", "cmpl", chat=False)
 
-    async def chat(self, request: Request) -> Response:
-        body = parse_body(ChatBody, await self._read(request))
-        assert isinstance(body, ChatBody)  # noqa: S101  parse_body returns the kind it is given
-        messages = tuple({"role": message.role, "content": message.text()} for message in body.messages)
-        return await self._answer(request, body, Conversation(messages))
 
-    async def complete(self, request: Request) -> Response:
-        body = parse_body(CompletionBody, await self._read(request))
-        assert isinstance(body, CompletionBody)  # noqa: S101  parse_body returns the kind it is given
-        return await self._answer(request, body, body.prompt)
+def make_api(registry: Registry, settings: RuntimeSettings) -> Starlette:
+    """The application behind the public socket."""
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/models", models),
+            Route("/v1/models/{model}", one_model),
+            Route("/health", health),
+            Route("/metrics", metrics),
+            Route("/v2", server_metadata),
+            Route("/v2/health/live", live),
+            Route("/v2/health/ready", ready),
+            Route("/v2/models/{model}", model_metadata),
+            Route("/v2/models/{model}/ready", model_ready),
+        ],
+        exception_handlers=EXCEPTION_HANDLERS,
+    )
+    app.state.registry, app.state.settings = registry, settings
+    return app
 
-    async def models(self, _request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [_model_row(served) for served in self._registry.served()]})
 
-    async def one_model(self, request: Request) -> Response:
-        return JSONResponse(_model_row(self._registry.get(request.path_params["model"])))
+async def chat_completions(request: Request) -> Response:
+    """POST /v1/chat/completions."""
+    body = parse_body(ChatRequest, await read_body(request))
+    wanted = Wanted(
+        body.model, [message.plain() for message in body.messages], body.sampling(), body.stops(),
+        body.wanted_tokens(), body.ignore_eos,
+    )  # fmt: skip
+    return await _complete(request, CHAT, body, wanted)
 
-    async def live(self, _request: Request) -> Response:
-        return JSONResponse({"live": True})
 
-    async def health(self, _request: Request) -> Response:
-        """200 when everything that serving.json names serves."""
-        faults = self._registry.faults()
-        ready = bool(self._registry.served()) and not faults
-        return JSONResponse({"ready": ready, "status": "ok" if ready else "not ready", "faults": faults},
-                            200 if ready else 503)  # fmt: skip
+async def completions(request: Request) -> Response:
+    """POST /v1/completions."""
+    body = parse_body(CompletionRequest, await read_body(request))
+    prompt = body.prompt[0] if isinstance(body.prompt, tuple) and isinstance(body.prompt[0], str) else body.prompt
+    wanted = Wanted(body.model, prompt, body.sampling(), body.stops(), body.wanted_tokens(), body.ignore_eos)
+    return await _complete(request, TEXT, body, wanted)
 
-    async def server_metadata(self, _request: Request) -> Response:
-        return JSONResponse({"name": "amperage", "version": "2", "extensions": ["model_repository", "statistics"]})
 
-    async def model_metadata(self, request: Request) -> Response:
-        served = self._registry.get(request.path_params["model"])
-        order = served.order
-        return JSONResponse({"name": order.model, "versions": [order.version], "platform": "onnxruntime_onnx",
-                             "inputs": [], "outputs": []})  # fmt: skip
+async def _complete(request: Request, form: Form, body: ChatRequest | CompletionRequest, wanted: Wanted) -> Response:
+    settings: RuntimeSettings = request.app.state.settings
+    answer = Answer(request.app.state.registry, wanted, settings.request_timeout_s)
+    if body.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(answer, form, include_usage=usage)
+    async with answer, watch_client(request.receive, answer.abandon):
+        text = "".join([piece async for piece in answer.pieces()])
+    choice = form.choice(text, answer.finish_reason, chunk=False)
+    return json_response(_identity(form.kind, form.prefix, answer.version) | {"choices": [choice]} | _usage(answer))
 
-    async def model_ready(self, request: Request) -> Response:
-        self._registry.get(request.path_params["model"])
-        return JSONResponse({"ready": True})
 
-    async def metrics(self, _request: Request) -> Response:
-        text = render_metrics([served.snapshot() for served in self._registry.served()])
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+class EventStream(Response):
+    """A streamed answer. Its status is sent with the first piece, so that a request refused or failed before it has
+    an honest status; a failure after it is an `error` event."""
 
-    async def _read(self, request: Request) -> bytes:
-        return await read_body(request, self._settings.request_limit_bytes, self._settings.body_timeout_s)
+    def __init__(self, answer: Answer, form: Form, *, include_usage: bool) -> None:
+        self.status_code, self.background = 200, None
+        self._answer, self._form, self._include_usage = answer, form, include_usage
 
-    async def _answer(self, request: Request, body: GenerationBody, prompt: Prompt) -> Response:
-        running = self._submit(body, prompt)
-        shape = AnswerShape(chat=isinstance(body, ChatBody), model=body.model, fingerprint=running.served.fingerprint)
-        if body.stream:
-            events = _events(running, shape, usage=body.include_usage())
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        return await self._whole(request, running, shape)
-
-    def _submit(self, body: GenerationBody, prompt: Prompt) -> _Running:
-        """Hand the request to the version that serves now; it may leave at any moment, then the next is asked."""
-        loop = asyncio.get_running_loop()
-        for attempt in range(SUBMIT_ATTEMPTS):
-            served = self._registry.get(body.model)
-            tokens: asyncio.Queue[int | Finished] = asyncio.Queue()
-
-            def sink(item: int | Finished, queue: "asyncio.Queue[int | Finished]" = tokens) -> None:
-                if not loop.is_closed():
-                    loop.call_soon_threadsafe(queue.put_nowait, item)
-
-            ids = _prompt_ids(served, prompt)
-            parameters = body.sampling(served.decoder.vocab_size)
-            generation = Generation(ids, body.token_limit(), parameters, sink)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events; raises InferenceError when nothing was sent yet."""
+        started = False
+        async with self._answer, watch_client(receive, self._answer.abandon), aclosing(self._events()) as events:
             try:
-                served.engine.submit(generation)
+                async for event in events:
+                    if not started:
+                        started = True
+                        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
             except InferenceError as error:
-                if error.code is not Code.NOT_READY or attempt == SUBMIT_ATTEMPTS - 1:
+                if not started:
                     raise
-                continue
-            return _Running(served, generation, tokens, TextStream(served.text, body.stops()))
-        raise InferenceError(Code.NOT_READY, "the model is being replaced; ask again", 503, 1.0)
+                failed = b"data: " + encode_json(error_content(error, scope["path"])) + b"\n\n"
+                await send({"type": "http.response.body", "body": failed, "more_body": True})
+        if started:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _whole(self, request: Request, running: _Running, shape: AnswerShape) -> Response:
-        texts: list[str] = []
-        reason = FinishReason.STOP
-        watcher = asyncio.create_task(_cancel_when_gone(request, running.generation))
-        try:
-            async for piece in running.pieces():
-                if isinstance(piece, FinishReason):
-                    reason = piece
-                else:
-                    texts.append(piece)
-        finally:
-            watcher.cancel()
-        return JSONResponse(shape.whole("".join(texts), reason, running.usage()))
-
-
-async def _cancel_when_gone(request: Request, generation: Generation) -> None:
-    """A client that hangs up frees its slot at the next step."""
-    while (await request.receive())["type"] != "http.disconnect":
-        continue
-    generation.cancelled = True
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        form, answer = self._form, self._answer
+        shared: dict[str, Any] = _identity(form.chunk_kind, form.prefix, answer.version)
+        if self._include_usage:
+            shared["usage"] = None
+        first = True
+        async with aclosing(answer.pieces()) as pieces:
+            async for piece in pieces:
+                yield _event(shared | {"choices": [form.choice(piece, None, chunk=True, first=first)]})
+                first = False
+        if answer.finish_reason == "cancelled":
+            return
+        yield _event(shared | {"choices": [form.choice("", answer.finish_reason, chunk=True, first=first)]})
+        if self._include_usage:
+            yield _event(shared | {"choices": []} | _usage(answer))
+        yield b"data: [DONE]\n\n"
 
 
-async def _events(running: _Running, shape: AnswerShape, *, usage: bool) -> AsyncIterator[bytes]:
-    """Server-sent events of one answer: role first, finish_reason last, usage when asked for, [DONE]."""
-    if shape.chat:
-        yield _event(shape.chunk(None, first=True))
-    try:
-        async for piece in running.pieces():
-            if isinstance(piece, FinishReason):
-                yield _event(shape.chunk(None, reason=piece))
-            else:
-                yield _event(shape.chunk(piece))
-    except InferenceError as error:
-        yield _event({"error": {"message": error.message, "type": "server_error", "code": str(error.code)}})
-        return
-    if usage:
-        yield _event(shape.usage_chunk(running.usage()))
-    yield _END
+async def models(request: Request) -> Response:
+    """GET /v1/models."""
+    registry: Registry = request.app.state.registry
+    rows = [_model_row(place.current) for place in registry.places().values() if place.current is not None]
+    return json_response({"object": "list", "data": rows})
 
 
-def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+async def one_model(request: Request) -> Response:
+    """GET /v1/models/{model}."""
+    return json_response(_model_row(_serving(request)))
 
 
-def _prompt_ids(served: Served, prompt: Prompt) -> list[int]:
-    """Token ids of a text, a conversation, or ids as given (checked against the vocabulary)."""
-    if isinstance(prompt, str):
-        return served.text.encode(prompt)
-    if isinstance(prompt, Conversation):
-        return served.text.encode(served.text.chat_prompt(list(prompt.messages)))
-    if any(not 0 <= token < served.decoder.vocab_size for token in prompt):
-        raise InferenceError(Code.BAD_REQUEST, "the prompt holds a token id outside the vocabulary", 400)
-    return prompt
+async def health(request: Request) -> Response:
+    """GET /health: what serves, what does not and why; 503 unless everything serves."""
+    registry: Registry = request.app.state.registry
+    rows = [
+        {
+            "model": name, "version": place.current.entry.version if place.current else None,
+            "loading": place.loading, "error": str(place.error) if place.error else None,
+        }
+        for name, place in registry.places().items()
+    ]  # fmt: skip
+    status = "ok" if registry.ready() else "degraded" if registry.started else "loading"
+    content = {"status": status, "models": rows, "error": str(registry.fault) if registry.fault else None}
+    return json_response(content, 200 if registry.ready() else 503)
 
 
-def _model_row(served: Served) -> dict[str, Any]:
+async def metrics(request: Request) -> Response:
+    """GET /metrics, Prometheus text format 0.0.4."""
+    text = render_metrics(request.app.state.registry)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def live(_request: Request) -> Response:
+    """GET /v2/health/live."""
+    return json_response({"live": True})
+
+
+async def ready(request: Request) -> Response:
+    """GET /v2/health/ready."""
+    is_ready = request.app.state.registry.ready()
+    return json_response({"ready": is_ready}, 200 if is_ready else 503)
+
+
+async def server_metadata(_request: Request) -> Response:
+    """GET /v2."""
+    return json_response({"name": "amperage", "version": "2", "extensions": ["model_repository", "statistics"]})
+
+
+async def model_metadata(request: Request) -> Response:
+    """GET /v2/models/{model}. Decoders take text over the OpenAI API, so that they list no tensors."""
+    entry = _serving(request).entry
+    return json_response(
+        {"name": entry.model, "versions": [entry.version], "platform": "onnxruntime_decoder", "inputs": [],
+         "outputs": [], "parameters": {"decoded": entry.decoded}}
+    )  # fmt: skip
+
+
+async def model_ready(request: Request) -> Response:
+    """GET /v2/models/{model}/ready."""
+    entry = _serving(request).entry
+    return json_response({"name": entry.model, "ready": True})
+
+
+def _serving(request: Request) -> Loaded:
+    """The version that takes requests for the model of the path; raises InferenceError as a request for it would."""
+    registry: Registry = request.app.state.registry
+    version = registry.acquire(request.path_params["model"])
+    registry.release(version)
+    return version
+
+
+def _model_row(version: Loaded) -> dict[str, Any]:
+    entry = version.entry
     return {
-        "id": served.order.model, "object": "model", "created": int(served.loaded_s), "owned_by": "amperage",
-        "version": served.order.version, "system_fingerprint": served.fingerprint,
-        "context_tokens": served.context_tokens,
+        "id": entry.model, "object": "model", "created": STARTED_S, "owned_by": "amperage", "version": entry.version,
+        "decoded": entry.decoded, "context_tokens": version.capacity,
     }  # fmt: skip
+
+
+def _identity(kind: str, prefix: str, version: Loaded) -> dict[str, Any]:
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()),
+        "model": version.entry.model, "system_fingerprint": version.fingerprint,
+    }  # fmt: skip
+
+
+def _usage(answer: Answer) -> dict[str, Any]:
+    prompt, completion = answer.prompt_tokens, answer.completion_tokens
+    total = prompt + completion
+    return {"usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}}
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + encode_json(content) + b"\n\n"

@@ -1,21 +1,24 @@
-"""`amperage-runtime chat` and `top`: a node's own client, on the public socket, in plain text."""
+"""The node-side commands `chat` and `top`: plain ANSI over the two sockets, nothing to install."""
 
 import http.client
 import json
+import shutil
 import socket
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wire.errors import Code, ConfigError, InferenceError
+from wire.documents import parse_document
+from wire.errors import Code, TransferError
+from wire.serving import ModelStats, RuntimeStats
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 ANSWER_LIMIT_BYTES = 1 << 20
-LINE_LIMIT_BYTES = 1 << 20
 REFRESH_S = 1.0
-CLEAR = "\x1b[H\x1b[2J"
+_BOLD, _DIM, _PLAIN, _CLEAR = "\x1b[1m", "\x1b[2m", "\x1b[0m", "\x1b[H\x1b[2J"
 
 
 class UnixConnection(http.client.HTTPConnection):
@@ -26,102 +29,126 @@ class UnixConnection(http.client.HTTPConnection):
         self._path = path
 
     def connect(self) -> None:
-        """Connect to the socket. Raises ConfigError when nobody listens there."""
+        """Open the socket; raises TransferError(runtime_unreachable)."""
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(TIMEOUT_S)
+        self.sock.settimeout(self.timeout)
         try:
             self.sock.connect(str(self._path))
         except OSError as error:
-            raise ConfigError(
-                f"nobody answers on {self._path} ({error.strerror}); is amperage-runtime running?"
+            raise TransferError(
+                Code.RUNTIME_UNREACHABLE, f"{self._path}: {error.strerror}; is amperage-runtime running?"
             ) from error
 
 
-def chat(path: Path, model: str | None, prompt: str, max_tokens: int) -> int:
-    """Answer one prompt, or one after the other from standard input."""
-    model = model or _only_model(path)
-    messages: list[dict[str, str]] = []
-    for question in [prompt] if prompt else _questions():
-        messages.append({"role": "user", "content": question})
-        answer = ""
-        for piece in _stream(path, {"model": model, "messages": messages, "max_tokens": max_tokens, "stream": True}):
-            answer += piece
-            print(piece, end="", flush=True)
-        print()
-        messages.append({"role": "assistant", "content": answer})
-    return 0
-
-
-def top(path: Path, *, once: bool) -> int:
-    """A table of the models, renewed every second."""
-    before: dict[str, float] = {}
-    while True:
-        connection = UnixConnection(path)
-        connection.request("GET", "/metrics")
-        text = connection.getresponse().read(ANSWER_LIMIT_BYTES).decode()
+def fetch(path: Path, method: str, target: str, body: Any = None) -> tuple[UnixConnection, http.client.HTTPResponse]:
+    """Ask; the caller closes the connection. Raises TransferError, also for an answer that says no."""
+    connection = UnixConnection(path)
+    data = json.dumps(body).encode() if body is not None else None
+    connection.request(method, target, data, {"Content-Type": "application/json"} if data else {})
+    response = connection.getresponse()
+    if response.status != http.HTTPStatus.OK:
+        text = response.read(ANSWER_LIMIT_BYTES).decode(errors="replace")
         connection.close()
-        rows = _parse_metrics(text)
-        print(("" if once else CLEAR) + _table(rows, before), flush=True)
+        raise TransferError(Code.RUNTIME_UNREACHABLE, f"runtime answered {response.status}: {text[:500]}")
+    return connection, response
+
+
+@dataclass(slots=True)
+class Chat:
+    """A conversation with one model."""
+
+    socket: Path
+    model: str | None
+    max_tokens: int
+    temperature: float
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def say(self, text: str) -> Iterator[str]:
+        """Pieces of the answer to `text`."""
+        self.messages.append({"role": "user", "content": text})
+        body = {
+            "model": self.model or self._first_model(), "messages": self.messages, "max_tokens": self.max_tokens,
+            "temperature": self.temperature, "stream": True,
+        }  # fmt: skip
+        connection, response = fetch(self.socket, "POST", "/v1/chat/completions", body)
+        answer = ""
+        try:
+            for line in response:
+                if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+                    continue
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise TransferError(Code.RUNTIME_UNREACHABLE, str(event["error"].get("message")))
+                piece = event["choices"][0]["delta"].get("content") or ""
+                answer += piece
+                yield piece
+        finally:
+            connection.close()
+        self.messages.append({"role": "assistant", "content": answer})
+
+    def _first_model(self) -> str:
+        connection, response = fetch(self.socket, "GET", "/v1/models")
+        rows = json.loads(response.read(ANSWER_LIMIT_BYTES))["data"]
+        connection.close()
+        if not rows:
+            raise TransferError(Code.NOT_READY, "no model is served; look at the runtime's log")
+        self.model = str(rows[0]["id"])
+        return self.model
+
+
+def converse(chat: Chat, message: str) -> int:
+    """Ask `message` once, or read questions from the terminal until its end."""
+    if message:
+        _print_answer(chat, message)
+        return 0
+    while True:
+        try:
+            text = input(f"{_BOLD}> {_PLAIN}" if sys.stdin.isatty() else "")
+        except EOFError:
+            return 0
+        if text.strip():
+            _print_answer(chat, text)
+
+
+def _print_answer(chat: Chat, text: str) -> None:
+    for piece in chat.say(text):
+        print(piece, end="", flush=True)
+    print()
+
+
+def watch(path: Path, *, once: bool) -> int:
+    """Show the counters of every model, again every second."""
+    before: RuntimeStats | None = None
+    while True:
+        connection, response = fetch(path, "GET", "/v2/models/stats")
+        stats = parse_document(RuntimeStats, response.read(ANSWER_LIMIT_BYTES), limit_bytes=ANSWER_LIMIT_BYTES)
+        connection.close()
+        terminal = sys.stdout.isatty() and not once
+        print((_CLEAR if terminal else "") + table(stats, before), flush=True)
         if once:
             return 0
-        before = {model: row.get("amperage_completion_tokens_total", 0.0) for model, row in rows.items()}
+        before = stats
         time.sleep(REFRESH_S)
 
 
-def _table(rows: dict[str, dict[str, float]], before: dict[str, float]) -> str:
-    lines = [f"{'model':<20}{'active':>8}{'requests':>10}{'failed':>8}{'tokens':>12}{'tokens/s':>10}{'p50 ms':>9}"]
-    for model, row in sorted(rows.items()):
-        tokens = row.get("amperage_completion_tokens_total", 0.0)
-        speed = (tokens - before[model]) / REFRESH_S if model in before else 0.0
-        lines.append(
-            f"{model:<20}{row.get('amperage_active_requests', 0):>8.0f}{row.get('amperage_requests_total', 0):>10.0f}"
-            f"{row.get('amperage_request_failures_total', 0):>8.0f}{tokens:>12,.0f}{speed:>10.0f}"
-            f"{1000 * row.get('amperage_request_latency_p50_seconds', 0):>9.1f}"
-        )
-    return "\n".join(lines if rows else [*lines, "(no model is served)"])
+def table(stats: RuntimeStats, before: RuntimeStats | None) -> str:
+    """The counters as text; the rate is of the time since `before`."""
+    width = shutil.get_terminal_size().columns
+    head = f"{'model':<20} {'version':<12} {'open':>5} {'requests':>9} {'failed':>7} {'tokens':>10} {'tokens/s':>9}"
+    lines = [f"amperage-runtime, process {stats.pid}", (head + f" {'busy s':>9} {'p50':>9} {'first':>9}")[:width]]
+    older = {row.decoded: row for row in before.models} if before else {}
+    lines += [_line(row, older.get(row.decoded))[:width] for row in stats.models]
+    return "\n".join(lines)
 
 
-def _parse_metrics(text: str) -> dict[str, dict[str, float]]:
-    rows: dict[str, dict[str, float]] = {}
-    for line in text.splitlines():
-        name, found, rest = line.partition('{model="')
-        if found and not line.startswith("#"):
-            model, _, tail = rest.partition('"')
-            rows.setdefault(model, {})[name] = float(tail.rsplit(" ", 1)[1])
-    return rows
+def _line(row: ModelStats, before: ModelStats | None) -> str:
+    rate = row.tokens_per_s if before is None else (row.completion_tokens - before.completion_tokens) / REFRESH_S
+    return (
+        f"{row.model:<20} {row.version:<12} {row.active:>5} {row.requests:>9} {row.failures:>7} "
+        f"{row.completion_tokens:>10} {_figure(rate, 1):>9} {row.busy_s:>9.1f} "
+        f"{_figure(row.latency_p50_s, 1000):>6} ms {_figure(row.first_token_p50_s, 1000):>6} ms"
+    )
 
 
-def _stream(path: Path, body: dict[str, Any]) -> Iterator[str]:
-    connection = UnixConnection(path)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    if response.status != 200:
-        error = json.loads(response.read(ANSWER_LIMIT_BYTES)).get("error", {})
-        raise InferenceError(Code.BAD_REQUEST, str(error.get("message", "the server refused")), response.status)
-    while line := response.readline(LINE_LIMIT_BYTES):
-        if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
-            continue
-        for choice in json.loads(line[6:]).get("choices", []):
-            yield choice["delta"].get("content", "")
-    connection.close()
-
-
-def _only_model(path: Path) -> str:
-    connection = UnixConnection(path)
-    connection.request("GET", "/v1/models")
-    models = [row["id"] for row in json.loads(connection.getresponse().read(ANSWER_LIMIT_BYTES))["data"]]
-    connection.close()
-    if len(models) != 1:
-        raise ConfigError(f"this node serves {', '.join(models) or 'no model'}; choose one with --model")
-    return str(models[0])
-
-
-def _questions() -> Iterator[str]:
-    while True:
-        if sys.stdin.isatty():
-            print("> ", end="", flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()
+def _figure(value: float | None, scale: float) -> str:
+    return "–" if value is None else f"{value * scale:.1f}"

@@ -1,77 +1,141 @@
-"""Which core this is and how many threads may run on it.
+"""Which CPU this is, and how many threads a model may use on it.
 
-Part numbers: Arm's MIDR_EL1 as the kernel prints it in /proc/cpuinfo (implementer 0x41 Arm, 0xc0 Ampere Computing).
-Threads are min(affinity, floor of the cgroup's quota, setting): eight threads in a quota of four CPUs decode tens of
-times slower than four.
+The description names what kernels depend on (core and instruction set features), never how many cores there are: it
+keys options and caches, which stay right when a container gets another quota. `root` is for tests.
 """
 
+import ctypes
 import os
 import platform
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-PARTS = {
-    ("0x41", "0xd0c"): "Neoverse N1",
-    ("0x41", "0xd40"): "Neoverse V1",
-    ("0x41", "0xd49"): "Neoverse N2",
-    ("0x41", "0xd4f"): "Neoverse V2",
-    ("0xc0", "0xac3"): "Ampere-1",
-    ("0xc0", "0xac4"): "Ampere-1A",
+from host.files import read_bounded
+from wire.errors import StoreError
+
+_FILE_LIMIT_BYTES = 4 << 20
+
+ARM_CORES = {
+    ("0x41", "0xd0c"): "neoverse-n1",  # Ampere Altra, Altra Max
+    ("0x41", "0xd49"): "neoverse-n2",
+    ("0x41", "0xd40"): "neoverse-v1",
+    ("0x41", "0xd4f"): "neoverse-v2",
+    ("0xc0", "0xac3"): "ampere-1",  # AmpereOne
+    ("0xc0", "0xac4"): "ampere-1a",  # AmpereOne M
+    ("0xc0", "0xac5"): "ampere-1b",
 }
-FEATURES = ("asimddp", "i8mm", "bf16", "sve", "asimdhp", "avx2", "avx512_vnni", "avx_vnni", "amx_int8")
-"""Flags that choose kernels in onnxruntime."""
+"""(implementer, part) of /proc/cpuinfo; Linux arch/arm64/include/asm/cputype.h."""
+
+_AT_HWCAP, _AT_HWCAP2 = 16, 26
+_HWCAP = {"asimdhp": 1 << 10, "asimddp": 1 << 20, "sve": 1 << 22}
+_HWCAP2 = {"sve2": 1 << 1, "i8mm": 1 << 13, "bf16": 1 << 14, "sme": 1 << 23}
+"""Linux arch/arm64/include/uapi/asm/hwcap.h."""
+
+_X86_FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
 
 
-def describe_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """A stable description, for example `aarch64 Neoverse N1 [asimddp asimdhp]`: options and caches hold for one."""
-    fields: dict[str, str] = {}
-    try:
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip().lower(), value.strip())
-    except OSError:
-        fields = {}
-    part = PARTS.get((fields.get("cpu implementer", ""), fields.get("cpu part", "")))
-    name = part or fields.get("model name") or f"generic {fields.get('cpu part', 'core')}"
-    flags = set((fields.get("features") or fields.get("flags") or "").split())
-    known = " ".join(feature for feature in FEATURES if feature in flags)
-    return f"{platform.machine()} {name} [{known}]"
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """A kind of CPU. `core` is a key of ARM_CORES' values, `arm-<implementer>-<part>`, or the x86 family and model."""
+
+    machine: str
+    core: str
+    features: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " ".join((self.machine, self.core, ",".join(self.features) or "baseline"))
 
 
-def usable_threads(setting: int = 0, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """How many threads to compute with; `setting` 0 means no limit of its own. At least 1."""
-    limits = [len(os.sched_getaffinity(0))]
-    quota = cgroup_quota(cgroup)
-    if quota is not None:
-        limits.append(int(quota))
+def detect_cpu(root: Path = Path("/"), machine: str | None = None, hwcap: tuple[int, int] | None = None) -> Cpu:
+    """The CPU that this process runs on. `hwcap` is (AT_HWCAP, AT_HWCAP2), from the auxiliary vector by default."""
+    machine = machine or platform.machine()
+    cpuinfo = _read(root / "proc/cpuinfo")
+    if machine in ("aarch64", "arm64"):
+        return Cpu("aarch64", _arm_core(cpuinfo), _arm_features(hwcap or _auxiliary()))
+    flags = set(_field(cpuinfo, "flags").split())
+    core = "-".join(filter(None, ("family", _field(cpuinfo, "cpu family"), "model", _field(cpuinfo, "model"))))
+    return Cpu(machine, core, tuple(name for name in _X86_FEATURES if name in flags))
+
+
+def allowed_threads(setting: int = 0, root: Path = Path("/")) -> int:
+    """min(affinity, floor of the cgroup quota, setting), at least 1; a `setting` of 0 does not bound.
+
+    Affinity alone lies in a container: with `--cpus 4` the mask still shows every core, and more threads than quota
+    cost a model up to 45 times its speed (ollama issue 17916).
+    """
+    bounds = [len(os.sched_getaffinity(0))]
     if setting:
-        limits.append(setting)
-    return max(1, min(limits))
+        bounds.append(setting)
+    quota = cgroup_quota(root)
+    if quota is not None:
+        bounds.append(int(quota))
+    return max(1, min(bounds))
 
 
-def cgroup_quota(root: Path) -> float | None:
-    """CPUs that the cgroup allows, of version 2 (cpu.max) or 1 (cpu.cfs_quota_us); None without a limit."""
-    own = _own_cgroup()
-    for path in (root / own / "cpu.max", root / "cpu.max"):
-        text = _read(path)
-        if text and not text.startswith("max"):
-            quota, period = text.split()[:2]
-            return int(quota) / int(period)
-    for base in (root / "cpu" / own, root / "cpu"):
-        quota_us, period_us = _read(base / "cpu.cfs_quota_us"), _read(base / "cpu.cfs_period_us")
-        if quota_us and period_us and int(quota_us) > 0:
-            return int(quota_us) / int(period_us)
-    return None
+def cgroup_quota(root: Path = Path("/")) -> float | None:
+    """CPUs that the cgroups of this process may use, the least of all levels; None when nothing limits them."""
+    quotas: list[float] = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        names = controllers.split(",")
+        if not controllers:
+            quotas += _walk(root / "sys/fs/cgroup", path, _quota_v2)
+        elif "cpu" in names:
+            quotas += _walk(root / "sys/fs/cgroup" / controllers, path, _quota_v1)
+            quotas += _walk(root / "sys/fs/cgroup/cpu", path, _quota_v1)
+    return min(quotas, default=None)
 
 
-def _own_cgroup() -> str:
-    for line in _read(Path("/proc/self/cgroup")).splitlines():
-        if line.startswith("0::"):
-            return line[3:].lstrip("/")
-    return ""
+def _walk(mount: Path, path: str, read: Callable[[Path], float | None]) -> list[float]:
+    """Quotas of the group `path` and every group above it up to the mount."""
+    parts = [part for part in path.split("/") if part not in ("", "..")]
+    groups = [mount.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)]
+    return [quota for group in groups if (quota := read(group)) is not None]
+
+
+def _quota_v2(group: Path) -> float | None:
+    words = _read(group / "cpu.max").split()
+    if len(words) != 2 or not all(word.isdigit() for word in words) or words[1] == "0":
+        return None  # "max 100000", or a group without the controller
+    return int(words[0]) / int(words[1])
+
+
+def _quota_v1(group: Path) -> float | None:
+    quota, period = (_read(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+    if not quota.isdigit() or not period.isdigit() or period == "0":
+        return None  # -1 means no limit
+    return int(quota) / int(period)
+
+
+def _arm_core(cpuinfo: str) -> str:
+    """The first core speaks for all: servers do not mix cores."""
+    implementer, part = _field(cpuinfo, "CPU implementer"), _field(cpuinfo, "CPU part")
+    if not implementer or not part:
+        return "arm"
+    return ARM_CORES.get((implementer, part), f"arm-{implementer}-{part}")
+
+
+def _arm_features(hwcap: tuple[int, int]) -> tuple[str, ...]:
+    first = [name for name, bit in _HWCAP.items() if hwcap[0] & bit]
+    return tuple(first + [name for name, bit in _HWCAP2.items() if hwcap[1] & bit])
+
+
+def _auxiliary() -> tuple[int, int]:
+    """HWCAP of this process rather than /proc/cpuinfo's text: under emulation the text is the host's."""
+    getauxval = ctypes.CDLL(None).getauxval
+    getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    return int(getauxval(_AT_HWCAP)), int(getauxval(_AT_HWCAP2))
+
+
+def _field(cpuinfo: str, name: str) -> str:
+    found = re.search(rf"^{re.escape(name)}\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
+    return found[1].strip() if found else ""
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text().strip()
-    except OSError:
+        return read_bounded(path, _FILE_LIMIT_BYTES).decode(errors="replace")
+    except (FileNotFoundError, StoreError):
         return ""

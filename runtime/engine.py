@@ -1,32 +1,30 @@
-"""One thread per model that decides what runs next: continuous batching, decode first.
+"""Continuous batching: one thread per loaded version that decodes all running answers together, token by token.
 
-Between two decode steps of all running requests at most one chunk of one newcomer's prompt is computed. Requests join
-and leave at every step. Slots 0..k-1 decode; the newcomer sits in slot k; when one leaves, the last takes its slot.
-
-Invariant: only the engine thread touches the decoder; every accepted request ends in exactly one `Finished`.
+A step decodes one token of every running answer, then reads one chunk of one waiting prompt; requests join and leave
+between any two steps. Invariants: running answers hold slots 0..k-1; the prompt being read holds one slot at or above
+k, so an answer that leaves is replaced by the last one without touching it; the thread blocks when it has nothing to
+do. An exception of a step fails the requests that were in it and nothing else.
 """
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 import structlog
 
-from runtime.model import PREFILL_TOKENS, Decoder
-from runtime.sampling import Sampler, SamplingParameters
-from runtime.stats import StatsRecorder
+from runtime.model import PREFILL_TOKENS, Float, Model
+from runtime.sampling import Sampler, Sampling
+from runtime.stats import Stats
 from wire.errors import Code, InferenceError
 
-log = structlog.get_logger()
-
-RETRY_AFTER_S = 1.0
+_log = structlog.get_logger(__name__)
 
 
-class FinishReason(StrEnum):
-    """Why a request ended; the first two are OpenAI's."""
+class Reason(StrEnum):
+    """Why an answer ended."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -35,191 +33,246 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
-    """The last thing that a request's sink gets."""
+class End:
+    """Last event of a request; `error` when it failed."""
 
-    reason: FinishReason
-    detail: str = ""
-
-
-Sink = Callable[[int | Finished], None]
-"""Called on the engine thread with every token and then once with Finished; must not block or raise."""
+    reason: Reason
+    error: InferenceError | None = None
 
 
-@dataclass(slots=True)
+Event = int | End
+"""A token, or the end."""
+
+
+@dataclass(slots=True, eq=False)
 class Generation:
-    """One request on its way through the engine."""
+    """One request; `sink` gets its events, in order, wherever the engine's `deliver` calls it."""
 
-    prompt: Sequence[int]
+    prompt: list[int]
     max_tokens: int
-    parameters: SamplingParameters
-    sink: Sink
-    cancelled: bool = False
-    """Set by the consumer; the engine lets the request go before its next step."""
-    produced: int = 0
-    length: int = 0
-    """Tokens in its slot."""
-    last_token: int = 0
-    started_s: float = field(default_factory=time.monotonic)
-    first_token_s: float | None = None
+    sampling: Sampling
+    sink: Callable[[Event], None]
+    ends: frozenset[int] = frozenset()
+    """Tokens that end the answer and are no part of it."""
+    cancelled: Reason | None = None
+    """Set by Engine.cancel: how it is to end at the next step."""
+    # the engine's from here on
     sampler: Sampler = field(init=False)
+    slot: int = -1
+    length: int = 0
+    """Tokens of it in the KV cache."""
+    last: int = 0
+    produced: int = 0
+    accepted_s: float = 0.0
+    first_token_s: float = 0.0
 
     def __post_init__(self) -> None:
-        self.sampler = Sampler(self.parameters)
+        self.sampler = Sampler(self.sampling)
+
+
+Deliveries = list[tuple[Generation, Event]]
+
+
+def deliver_directly(deliveries: Deliveries) -> None:
+    """Call every sink on the engine's thread; a server hands the list to its event loop instead."""
+    for generation, event in deliveries:
+        generation.sink(event)
 
 
 class Engine:
-    """Runs a decoder; `close` after `drain`."""
+    """Runs the generations of one model."""
 
-    def __init__(self, decoder: Decoder, stats: StatsRecorder, *, queue_limit: int) -> None:
-        self._decoder = decoder
-        self._stats = stats
-        self._queue_limit = queue_limit
-        self._stop_tokens = frozenset(decoder.version.config.eos_token_ids)
-        self._wake = threading.Condition()
+    def __init__(
+        self, name: str, model: Model, stats: Stats, *, max_queue: int,
+        deliver: Callable[[Deliveries], None] = deliver_directly,
+    ) -> None:  # fmt: skip
+        self._model, self.stats, self._deliver = model, stats, deliver
+        self._open_limit = model.shape.slots + max_queue
+        self._changed = threading.Condition()
         self._waiting: deque[Generation] = deque()
-        self._joining: Generation | None = None
+        self._open = 0
+        self._closed = False
         self._running: list[Generation] = []
-        self._closing = False
-        name = f"engine-{decoder.version.model}-{decoder.version.version}"
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._reading: Generation | None = None
+        self._thread = threading.Thread(target=self._run, name=f"engine-{name}", daemon=True)
         self._thread.start()
 
-    def submit(self, generation: Generation) -> None:
-        """Accept a request.
+    @property
+    def open(self) -> int:
+        """Requests that wait, are read or run."""
+        return self._open
 
-        Raises InferenceError: context_exceeded (400), overloaded (429), not_ready (503) when the engine is closing.
+    def submit(self, generation: Generation) -> None:
+        """Take a request, from any thread.
+
+        Raises InferenceError: context_exceeded (400), overloaded (429), not_ready (503) after close.
         """
-        room = self._decoder.capacity - len(generation.prompt)
-        if not generation.prompt or room < 1:
+        capacity = self._model.shape.capacity
+        if len(generation.prompt) >= capacity:
             raise InferenceError(
                 Code.CONTEXT_EXCEEDED,
-                f"the prompt has {len(generation.prompt)} tokens and the context {self._decoder.capacity}: shorten it",
-                400,
-            )
-        generation.max_tokens = min(generation.max_tokens, room)
-        with self._wake:
-            if self._closing:
-                raise InferenceError(Code.NOT_READY, "this version is leaving; ask again", 503, RETRY_AFTER_S)
-            if len(self._waiting) >= self._queue_limit and len(self._running) >= self._decoder.slots:
+                f"the prompt has {len(generation.prompt)} tokens and the context {capacity}; send at most "
+                f"{capacity - 1}", 400,
+            )  # fmt: skip
+        generation.max_tokens = min(generation.max_tokens, capacity - len(generation.prompt))
+        generation.accepted_s = time.perf_counter()
+        with self._changed:
+            if self._closed:
+                raise InferenceError(Code.NOT_READY, "the server is ending; ask again", 503, retry_after_s=1.0)
+            if self._open >= self._open_limit:
                 raise InferenceError(
-                    Code.OVERLOADED, f"{len(self._waiting)} requests wait already; try again later", 429, RETRY_AFTER_S
+                    Code.OVERLOADED, f"{self._open} requests are open already; ask again later", 429, self._patience_s()
                 )
+            self._open += 1
             self._waiting.append(generation)
-            self._wake.notify_all()
+            self._changed.notify()
+        self.stats.began(len(generation.prompt))
 
-    def active(self) -> int:
-        """Requests that have not ended."""
-        with self._wake:
-            return len(self._waiting) + len(self._running) + (self._joining is not None)
+    def cancel(self, generation: Generation, reason: Reason = Reason.CANCELLED) -> None:
+        """Stop working for a request, from any thread, before the next step; STOP means that it has all it wants."""
+        with self._changed:
+            generation.cancelled = reason
+            if generation in self._waiting:
+                self._waiting.remove(generation)
+                self._open -= 1
 
-    def drain(self, timeout_s: float) -> bool:
-        """Refuse newcomers, wait for everything accepted to end, stop the thread, free the model.
-
-        False when requests were still open after `timeout_s`; they are then told that they failed.
-        """
-        with self._wake:
-            self._closing = True
-            self._wake.notify_all()
-        self._thread.join(timeout_s)
-        drained = not self._thread.is_alive()
-        if not drained:
-            with self._wake:
-                for generation in (*self._waiting, *self._running, *([self._joining] if self._joining else [])):
-                    generation.cancelled = True
-            self._thread.join()
-        self._decoder.close()
-        return drained
+    def close(self) -> None:
+        """Cancel what is open, end the thread and give the model's memory back."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+        self._model.close()
 
     def _run(self) -> None:
-        try:
-            while self._admit():
-                started_s = time.monotonic()
-                if self._running:
-                    self._decode()
-                if self._joining is not None:
-                    self._prefill(self._joining)
-                self._stats.add_busy(time.monotonic() - started_s)
-        except Exception as error:
-            # a kernel that fails once is not trusted again: everybody is told, and newcomers are refused
-            log.exception("engine_failed", model=self._decoder.version.model)
-            self._fail_all(f"{type(error).__name__}: {error}")
+        while self._await_work():
+            self._drop_cancelled()
+            self._decode()
+            self._read()
+        leaving = [*self._running, *self._waiting, *([self._reading] if self._reading else [])]
+        self._deliver([(generation, End(Reason.CANCELLED)) for generation in leaving])
 
-    def _fail_all(self, detail: str) -> None:
-        with self._wake:
-            self._closing = True
-            open_requests = [*self._waiting, *self._running, *([self._joining] if self._joining else [])]
-            self._waiting.clear()
-            self._running.clear()
-            self._joining = None
-        for generation in open_requests:
-            self._stats.add_failure()
-            generation.sink(Finished(FinishReason.FAILED, detail))
+    def _await_work(self) -> bool:
+        """Block until there is something to do; False when closed."""
+        with self._changed:
+            while not (self._closed or self._running or self._reading or self._waiting):
+                self._changed.wait()
+            return not self._closed
 
-    def _admit(self) -> bool:
-        """Let cancelled requests go, take a newcomer when a slot is free, sleep when idle; False to end the thread."""
-        with self._wake:
-            self._wake.wait_for(lambda: self._closing or self._waiting or self._running or self._joining)
-            if self._joining is None and self._waiting and len(self._running) < self._decoder.slots:
-                self._joining = self._waiting.popleft()
-        for generation in [g for g in self._running if g.cancelled]:
-            self._end(generation, FinishReason.CANCELLED)
-        if self._joining is not None and self._joining.cancelled:
-            self._end(self._joining, FinishReason.CANCELLED)
-        with self._wake:
-            return bool(not self._closing or self._waiting or self._running or self._joining)
+    def _drop_cancelled(self) -> None:
+        here = [*self._running, self._reading] if self._reading is not None else self._running
+        left: Deliveries = [(g, End(g.cancelled)) for g in here if g.cancelled is not None]
+        if left:
+            self._finish(left)
 
     def _decode(self) -> None:
-        batch = self._running
-        logits = self._decoder.decode([g.last_token for g in batch], [g.length for g in batch])
-        ended: list[tuple[Generation, FinishReason]] = []
-        for row, generation in enumerate(batch):
+        """One token for every running answer."""
+        running = self._running
+        if not running:
+            return
+        began_s = time.perf_counter()
+        try:
+            logits = self._model.decode([g.last for g in running], [g.length for g in running])
+        except Exception as error:  # noqa: BLE001  onnxruntime raises a dozen unrelated types; the thread must go on
+            self._fail(list(running), error)
+            return
+        deliveries: Deliveries = []
+        for row, generation in enumerate(running):
             generation.length += 1
-            reason = self._emit(generation, generation.sampler.choose(logits[row]))
-            if reason is not None:
-                ended.append((generation, reason))
-        for generation, reason in ended:
-            self._end(generation, reason)
+            self._sample(generation, logits[row], deliveries)
+        self.stats.decoded(len(running), time.perf_counter() - began_s)
+        self._finish(deliveries)
 
-    def _prefill(self, generation: Generation) -> None:
+    def _read(self) -> None:
+        """One chunk of one prompt; its last chunk gives the first token."""
+        generation = self._reading or self._next()
+        if generation is None:
+            return
+        began_s = time.perf_counter()
+        chunk = generation.prompt[generation.length : generation.length + PREFILL_TOKENS]
+        try:
+            logits = self._model.prefill(generation.slot, chunk, generation.length)
+        except Exception as error:  # noqa: BLE001  as in _decode
+            self._fail([generation], error)
+            return
+        generation.length += len(chunk)
+        whole = generation.length == len(generation.prompt)
+        deliveries: Deliveries = []
+        if whole:
+            self._join(generation)
+            generation.first_token_s = time.perf_counter()
+            self._sample(generation, logits, deliveries)
+        self.stats.prefilled(int(whole), time.perf_counter() - began_s)
+        self._finish(deliveries)
+
+    def _next(self) -> Generation | None:
+        """The next prompt to read, in the slot after the running ones."""
+        if len(self._running) == self._model.shape.slots:
+            return None
+        with self._changed:
+            if not self._waiting:
+                return None
+            self._reading = self._waiting.popleft()
+        self._reading.slot = len(self._running)
+        return self._reading
+
+    def _join(self, generation: Generation) -> None:
+        """From reading to running, in the first slot that is free by now."""
+        self._reading = None
         slot = len(self._running)
-        part = generation.prompt[generation.length : generation.length + PREFILL_TOKENS]
-        logits = self._decoder.prefill(slot, list(part), generation.length)
-        generation.length += len(part)
-        if generation.length < len(generation.prompt):
-            return
-        reason = self._emit(generation, generation.sampler.choose(logits))
-        if reason is not None:
-            self._end(generation, reason)
-            return
-        with self._wake:
-            self._running.append(generation)
-            self._joining = None
+        if generation.slot != slot:
+            self._model.move(generation.slot, slot, generation.length)
+            generation.slot = slot
+        self._running.append(generation)
 
-    def _emit(self, generation: Generation, token: int) -> FinishReason | None:
-        """Hand a token out unless it ends the text; the reason when the request is over."""
-        if generation.first_token_s is None:
-            generation.first_token_s = time.monotonic()
-        generation.last_token = token
-        if token in self._stop_tokens:
-            return FinishReason.STOP
+    def _sample(self, generation: Generation, logits: Float, deliveries: Deliveries) -> None:
+        try:
+            token = generation.sampler.draw(logits)
+        except InferenceError as error:
+            deliveries.append((generation, End(Reason.FAILED, error)))
+            return
+        generation.last = token
         generation.produced += 1
-        generation.sink(token)
-        return FinishReason.LENGTH if generation.produced >= generation.max_tokens else None
+        if token in generation.ends:
+            deliveries.append((generation, End(Reason.STOP)))
+            return
+        deliveries.append((generation, token))
+        if generation.produced >= generation.max_tokens:
+            deliveries.append((generation, End(Reason.LENGTH)))
 
-    def _end(self, generation: Generation, reason: FinishReason) -> None:
-        """Free its slot and keep the others dense."""
-        with self._wake:
-            if generation is self._joining:
-                self._joining = None
-            else:
-                slot, last = self._running.index(generation), len(self._running) - 1
-                if slot != last:
-                    self._running[slot] = self._running[last]
-                    self._decoder.move(last, slot, self._running[slot].length)
-                del self._running[last]
-                if self._joining is not None:
-                    self._decoder.move(last + 1, last, self._joining.length)
-        self._stats.add_request(generation.started_s, generation.first_token_s, len(generation.prompt),
-                                generation.produced)  # fmt: skip
-        generation.sink(Finished(reason))
+    def _finish(self, deliveries: Deliveries) -> None:
+        """Hand out a step's events, the slots of what ended being free already."""
+        for generation, event in deliveries:
+            if isinstance(event, End):
+                self._leave(generation, event)
+        if deliveries:
+            self._deliver(deliveries)
+
+    def _fail(self, generations: list[Generation], error: Exception) -> None:
+        _log.error("step failed", requests=len(generations), error=str(error)[:500])
+        message = "the model failed on this request; the runtime's log has the reason"
+        end = End(Reason.FAILED, InferenceError(Code.INTERNAL, message, 500))
+        self._finish([(generation, end) for generation in generations])
+
+    def _leave(self, generation: Generation, end: End) -> None:
+        """Free the slot; the last running answer moves into the gap."""
+        if generation is self._reading:
+            self._reading = None
+        else:
+            last = self._running.pop()
+            if last is not generation:
+                self._model.move(last.slot, generation.slot, last.length)
+                last.slot = generation.slot
+                self._running[generation.slot] = last
+        with self._changed:
+            self._open -= 1
+        if end.reason is Reason.FAILED:
+            self.stats.failed()
+        elif end.reason is not Reason.CANCELLED:
+            now_s = time.perf_counter()
+            self.stats.ended(now_s - generation.accepted_s, generation.first_token_s - generation.accepted_s)
+
+    def _patience_s(self) -> float:
+        """When a slot is probably free for one more: the median request's time for each turn of the queue."""
+        typical_s = self.stats.snapshot().latency_p50_s or 1.0
+        return min(60.0, max(1.0, typical_s * self._open / self._model.shape.slots))

@@ -1,22 +1,19 @@
-"""`amperage-runtime`: serve, probe, chat, top. argparse and plain text: a node has no operator's libraries."""
+"""`amperage-runtime`: serve, probe, chat, top. onnxruntime is imported only by the commands that run models."""
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before anything imports onnxruntime
-
-from host.logs import configure_logs
-from host.settings import load_settings
-from runtime.settings import RuntimeSettings
 from wire.errors import AmperageError
 
-SETTINGS_FILE = Path("/etc/amperage/runtime.toml")
+DEFAULT_SETTINGS = Path("/etc/amperage/runtime.toml")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Console entry point; returns the exit status."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (78 for settings that cannot be used)."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     chosen = _parser().parse_args(arguments)
     try:
         status: int = chosen.run(chosen)
@@ -29,59 +26,72 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="amperage-runtime", description="Serve models on Unix sockets.")
+    parser = argparse.ArgumentParser(prog="amperage-runtime", description="Inference server of an Amperage node.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    serve = commands.add_parser("serve", help="serve what serving.json names")
-    serve.add_argument("--settings", type=Path, default=SETTINGS_FILE, help="runtime.toml")
+
+    serve = commands.add_parser("serve", help="serve what the store names on the two Unix sockets")
+    serve.add_argument("--settings", type=Path, default=DEFAULT_SETTINGS)
     serve.set_defaults(run=_serve)
+
     probe = commands.add_parser("probe", help="judge one version directory and print a report as JSON")
-    probe.add_argument("--candidate", type=Path, required=True, help="version directory")
-    probe.add_argument("--incumbent", type=Path, help="version directory to measure beside it")
-    probe.add_argument("--threads", type=int, default=1)
-    probe.add_argument("--memory-bytes", type=int, default=0, help="limit of the address space; 0 for none")
+    probe.add_argument("--candidate", type=Path, required=True)
+    probe.add_argument("--incumbent", type=Path)
+    probe.add_argument("--threads", type=int, default=0, help="0 means all that are allowed")
+    probe.add_argument("--memory-bytes", type=int, default=0, help="0 means a bound that follows from the weights")
     probe.set_defaults(run=_probe)
-    chat = commands.add_parser("chat", help="talk to a model on this node")
-    _add_socket(chat)
-    chat.add_argument("--model", help="the only model when there is just one")
-    chat.add_argument("--max-tokens", type=int, default=200)
-    chat.add_argument("prompt", nargs="*", help="one question; without it, questions are read from standard input")
+
+    chat = commands.add_parser("chat", help="talk to a model of this node")
+    chat.add_argument("--socket", type=Path, default=Path("/run/amperage/inference.sock"))
+    chat.add_argument("--model", help="the first one served when absent")
+    chat.add_argument("--max-tokens", type=int, default=256)
+    chat.add_argument("--temperature", type=float, default=0.7)
+    chat.add_argument("message", nargs="*", help="asked once; without it a conversation begins")
     chat.set_defaults(run=_chat)
-    top = commands.add_parser("top", help="show what the models of this node are doing")
-    _add_socket(top)
-    top.add_argument("--once", action="store_true", help="print once and end")
+
+    top = commands.add_parser("top", help="watch what the models of this node do")
+    top.add_argument("--socket", type=Path, default=Path("/run/amperage/admin.sock"))
+    top.add_argument("--once", action="store_true", help="print one table and end")
     top.set_defaults(run=_top)
     return parser
 
 
-def _add_socket(parser: argparse.ArgumentParser) -> None:
-    default = RuntimeSettings.model_fields["public_socket"].default
-    parser.add_argument("--socket", type=Path, default=default, help=f"public socket ({default})")
-
-
 def _serve(chosen: argparse.Namespace) -> int:
+    from host.logs import configure_logs
+    from host.settings import load_settings
+    from runtime.settings import RuntimeSettings
+
     settings = load_settings(RuntimeSettings, chosen.settings)
-    configure_logs(settings.log_level, process="runtime")
+    configure_logs(settings.log_level, process="amperage-runtime")
     from runtime.server import serve
 
-    return serve(settings)
+    serve(settings)
+    return 0
 
 
 def _probe(chosen: argparse.Namespace) -> int:
-    from runtime.probe import probe_child
+    report = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what native code prints must not get into the report
+    from runtime.candidate import Orders, probe_candidate
+    from wire.documents import encode_document
 
-    return probe_child(chosen.candidate, chosen.incumbent, chosen.threads, chosen.memory_bytes)
+    orders = Orders(chosen.candidate, chosen.incumbent, chosen.threads, chosen.memory_bytes)
+    data = encode_document(probe_candidate(orders))
+    with os.fdopen(report, "wb") as sink:
+        sink.write(data + b"\n")
+    return 0
 
 
 def _chat(chosen: argparse.Namespace) -> int:
-    from runtime.console import chat
+    from runtime.console import Chat, converse
 
-    return chat(chosen.socket, chosen.model, " ".join(chosen.prompt), chosen.max_tokens)
+    chat = Chat(chosen.socket, chosen.model, chosen.max_tokens, chosen.temperature)
+    return converse(chat, " ".join(chosen.message))
 
 
 def _top(chosen: argparse.Namespace) -> int:
-    from runtime.console import top
+    from runtime.console import watch
 
-    return top(chosen.socket, once=chosen.once)
+    return watch(chosen.socket, once=chosen.once)
 
 
 if __name__ == "__main__":

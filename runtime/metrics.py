@@ -1,35 +1,54 @@
-"""Prometheus text exposition (format 0.0.4) of the models' counters."""
+"""Prometheus text of the runtime's counters (exposition format 0.0.4)."""
 
+from collections.abc import Callable
+
+from runtime.registry import Registry
 from wire.serving import ModelStats
 
-_COUNTERS = {
-    "requests": ("amperage_requests_total", "Requests that ended."),
-    "failures": ("amperage_request_failures_total", "Requests that the server failed."),
-    "prompt_tokens": ("amperage_prompt_tokens_total", "Tokens of prompts."),
-    "completion_tokens": ("amperage_completion_tokens_total", "Tokens produced."),
-    "busy_s": ("amperage_engine_busy_seconds_total", "Seconds that the engine spent in steps."),
-}
-_GAUGES = {
-    "active": ("amperage_active_requests", "Requests that have not ended."),
-    "latency_p50_s": ("amperage_request_latency_p50_seconds", "Median latency of the last 256 requests."),
-    "latency_p95_s": ("amperage_request_latency_p95_seconds", "95th percentile of the last 256 requests."),
-    "first_token_p50_s": ("amperage_first_token_p50_seconds", "Median time to the first token."),
-    "tokens_per_s": ("amperage_decode_tokens_per_second", "Median decode speed of a request."),
-}
+_COUNTERS: tuple[tuple[str, str, str, Callable[[ModelStats], float | None]], ...] = (
+    ("requests_total", "counter", "Requests accepted.", lambda row: row.requests),
+    ("failures_total", "counter", "Accepted requests that failed by no fault of the client.", lambda row: row.failures),
+    ("prompt_tokens_total", "counter", "Tokens of prompts.", lambda row: row.prompt_tokens),
+    ("completion_tokens_total", "counter", "Tokens generated.", lambda row: row.completion_tokens),
+    ("busy_seconds_total", "counter", "Seconds that the engine spent inside steps.", lambda row: row.busy_s),
+    ("open_requests", "gauge", "Requests waiting or running.", lambda row: row.active),
+    ("tokens_per_second", "gauge", "Tokens per second of decoding.", lambda row: row.tokens_per_s),
+)
+_QUANTILES: tuple[tuple[str, str, str, Callable[[ModelStats], float | None]], ...] = (
+    ("latency_seconds", "0.5", "Request latency over the last 256.", lambda row: row.latency_p50_s),
+    ("latency_seconds", "0.95", "Request latency over the last 256.", lambda row: row.latency_p95_s),
+    ("first_token_seconds", "0.5", "Time to the first token over the last 256.", lambda row: row.first_token_p50_s),
+)
 
 
-def render_metrics(models: list[ModelStats]) -> str:
-    """The exposition; a figure that is not known has no sample."""
+def render_metrics(registry: Registry) -> str:
+    """All metrics; what is unknown is absent."""
+    rows = registry.stats()
     lines: list[str] = []
-    for kind, fields in (("counter", _COUNTERS), ("gauge", _GAUGES)):
-        for field, (name, text) in fields.items():
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            for model in models:
-                value = getattr(model, field)
-                if value is not None:
-                    lines.append(f'{name}{{model="{model.model}",version="{_escape(model.version)}"}} {value}')
+    for name, kind, text, figure in _COUNTERS:
+        lines += _head(name, kind, text)
+        lines += [_line(name, row, figure(row)) for row in rows if figure(row) is not None]
+    for name, quantile, text, figure in _QUANTILES:
+        head = _head(name, "gauge", text)
+        lines += [] if head[0] in lines else head
+        lines += [_line(name, row, figure(row), quantile) for row in rows if figure(row) is not None]
+    lines += _head("model_ready", "gauge", "1 when the version of serving.json takes requests.")
+    for name, place in registry.places().items():
+        lines.append(f'amperage_model_ready{{model="{name}"}} {int(place.current is not None)}')
     return "\n".join(lines) + "\n"
 
 
-def _escape(label: str) -> str:
+def _head(name: str, kind: str, text: str) -> list[str]:
+    return [f"# HELP amperage_{name} {text}", f"# TYPE amperage_{name} {kind}"]
+
+
+def _line(name: str, row: ModelStats, value: float | None, quantile: str | None = None) -> str:
+    labels = {"model": row.model, "version": row.version, "decoded": row.decoded[:12]}
+    if quantile is not None:
+        labels["quantile"] = quantile
+    text = ",".join(f'{key}="{_escaped(label)}"' for key, label in labels.items())
+    return f"amperage_{name}{{{text}}} {value}"
+
+
+def _escaped(label: str) -> str:
     return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,12 +1,12 @@
-"""A loaded decoder: session, KV slab, and the two shapes in which it runs.
+"""One loaded decoder: its onnxruntime session, the slab of KV cache, and the two shapes in which it runs.
 
-The slab holds one row per slot and layer, [slots, kv_heads, capacity, head_size] float32. The first k rows of an array
-are contiguous, so a batch of k decoding requests is a slice without a copy; past and present are bound to the same
-memory, so onnxruntime appends in place (GroupQueryAttention, "shared buffer"). Prefill runs with a batch of one,
-because the kernel takes more than one new token with a past only there.
+The graph contract is docs/design.md section 6. Invariants: past and present of a layer are the same memory, so a step
+writes one row per request and copies nothing; only the engine's thread calls `decode`, `prefill` and `move`; the slots
+in use by a batch of k are 0..k-1, because a slice of the slab from its start is contiguous and is bound without a copy.
 """
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,153 +16,160 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from wire.documents import DOCUMENT_LIMIT_BYTES, parse_document
-from wire.errors import AmperageError, Code, DeployError
-from wire.manifest import VersionDocument
+from runtime.version import GRAPH_FILE
+from wire.errors import Code, DeployError
+from wire.manifest import DecoderConfig
 from wire.serving import ExecutionOptions
 
 Float = NDArray[np.float32]
+Int = NDArray[np.int64]
 
-VERSION_FILE = "version.json"
-MODEL_FILE = "model.onnx"
 PREFILL_TOKENS = 128
-"""Tokens of a prompt between two decode steps: bounds how long a running stream waits for a newcomer."""
-SPIN_US = "1000"
-"""With spinning on, how long an idle kernel thread burns its core before it sleeps."""
+"""Longest chunk of a prompt between two decode steps: it bounds the pause of running answers."""
+SPIN_DURATION_US = 200
+"""How long a thread of the pool spins for the next kernel of a step; between steps and when idle it sleeps."""
+
+ONNXRUNTIME: str = ort.__version__
 
 
-def read_version(directory: Path) -> VersionDocument:
-    """The version document, with every file present in its size.
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of the KV slab: float32 [slots, kv_heads, capacity, head_size] for keys and values of every layer."""
 
-    Raises DeployError(load_failed); contents were hashed when the directory was committed.
-    """
-    try:
-        with (directory / VERSION_FILE).open("rb") as source:
-            version = parse_document(VersionDocument, source.read(DOCUMENT_LIMIT_BYTES + 1))
-        sizes = {entry.path: (directory / entry.path).stat().st_size for entry in version.files}
-    except (OSError, AmperageError) as error:
-        raise DeployError(Code.LOAD_FAILED, f"{directory.name[:12]}… is not readable: {error}; deploy again") from error
-    wrong = [entry.path for entry in version.files if sizes[entry.path] != entry.size_bytes]
-    if wrong:
-        raise DeployError(Code.LOAD_FAILED, f"{wrong[0]} of {directory.name[:12]}… has another size; deploy it again")
-    return version
+    slots: int
+    capacity: int
+
+    def size_bytes(self, config: DecoderConfig) -> int:
+        """Bytes of the whole slab; the kernel commits a page when its tokens are written."""
+        return 8 * config.layers * self.slots * config.kv_heads * self.capacity * config.head_size
 
 
-def make_session(directory: Path, options: ExecutionOptions) -> ort.InferenceSession:
-    """An onnxruntime session with explicit threads. Raises DeployError(load_failed) with onnxruntime's reason."""
-    chosen = ort.SessionOptions()
-    chosen.intra_op_num_threads = options.threads
-    chosen.inter_op_num_threads = 1
-    chosen.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    chosen.log_severity_level = 3
-    chosen.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
-    if options.spinning:
-        chosen.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
-    for key, value in options.session_config.items():
-        chosen.add_session_config_entry(key, value)
-    try:
-        return ort.InferenceSession(str(directory / MODEL_FILE), chosen, providers=[options.provider])
-    except Exception as error:  # onnxruntime raises its own types, RuntimeError and ValueError alike
-        raise DeployError(Code.LOAD_FAILED, f"onnxruntime refuses {directory.name[:12]}…: {error}") from error
+@dataclass(slots=True)
+class _Bound:
+    """A binding with the arrays it reads and writes; the arrays must live as long as it does."""
+
+    binding: Any
+    input_ids: Int
+    seqlens: NDArray[np.int32]
+    total: NDArray[np.int32]
+    logits: Float
+    values: list[Any] = field(default_factory=list)
 
 
-class Decoder:
-    """One model in memory; used by one thread at a time."""
+class Model:
+    """A session with its slab. Raises DeployError(load_failed) when onnxruntime refuses the graph."""
 
-    def __init__(self, directory: Path, options: ExecutionOptions, *, slots: int, capacity: int) -> None:
-        """Load; `capacity` is cut to the model's context. Raises DeployError(load_failed)."""
-        self.version = read_version(directory)
-        self.options = options
-        config = self.version.config
-        self.slots, self.capacity, self.vocab_size = slots, min(capacity, config.context_tokens), config.vocab_size
-        self._session: ort.InferenceSession | None = make_session(directory, options)
-        shape = (slots, config.kv_heads, self.capacity, config.head_size)
-        self._slab = [(np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(config.layers)]
-        self._batches: dict[int, _Binding] = {}
+    def __init__(self, directory: Path, config: DecoderConfig, shape: Shape, options: ExecutionOptions) -> None:
+        self.config, self.shape = config, shape
+        self._session = _session(directory / GRAPH_FILE, options)
+        slab = (shape.slots, config.kv_heads, shape.capacity, config.head_size)
+        names = [f"{layer}.{part}" for layer in range(config.layers) for part in ("key", "value")]
+        try:
+            self._slabs = {name: np.zeros(slab, np.float32) for name in names}
+        except MemoryError as error:
+            raise DeployError(
+                Code.LOAD_FAILED, f"no memory for {shape.slots} slots of {shape.capacity} tokens; lower max_slots or "
+                "context_tokens",
+            ) from error  # fmt: skip
+        self._decoders: dict[int, _Bound] = {}
+        self._prefillers: dict[int, _Bound] = {}
 
     def decode(self, tokens: list[int], lengths: list[int]) -> Float:
-        """One token for each of the first k slots; `lengths` are the tokens that they hold already.
+        """One step of slots 0..k-1: `tokens[i]` is appended to slot i, which holds `lengths[i]` tokens.
 
-        Returns logits float32 [k, vocabulary], valid until the next call.
+        Returns logits float32 [k, vocab_size], a view that the next call of the same k overwrites.
         """
         k = len(tokens)
-        if k not in self._batches:
-            self._batches[k] = _Binding(self._live(), self._rows(0, k), k, 1, self.vocab_size)
-        return self._batches[k].run(np.asarray(tokens, np.int64)[:, None], np.asarray(lengths, np.int32))
+        bound = self._decoders.get(k)
+        if bound is None:
+            bound = self._decoders[k] = self._bind(0, k, np.arange(k, dtype=np.int64))
+        bound.input_ids[:, 0] = tokens
+        bound.seqlens[:] = lengths
+        bound.total[()] = max(lengths) + 1
+        self._session.run_with_iobinding(bound.binding)
+        return bound.logits
 
-    def prefill(self, slot: int, tokens: list[int], past: int) -> Float:
-        """Append `tokens` (at most PREFILL_TOKENS) to `slot`, which holds `past`; logits of the last, float32 [V]."""
-        binding = _Binding(self._live(), self._rows(slot, slot + 1), 1, len(tokens), self.vocab_size)
-        last = np.asarray([past + len(tokens) - 1], np.int32)
-        logits = binding.run(np.asarray([tokens], np.int64), last)
-        return np.asarray(logits[0], np.float32)
+    def prefill(self, slot: int, tokens: list[int], length: int) -> Float:
+        """Append `tokens` (at most PREFILL_TOKENS) to `slot`, which holds `length` tokens.
 
-    def prefill_whole(self, tokens: list[int]) -> Float:
-        """A whole prompt into slot 0, chunk by chunk; logits of its last token, float32 [V]."""
-        logits = np.zeros(0, np.float32)
-        for past in range(0, len(tokens), PREFILL_TOKENS):
-            logits = self.prefill(0, tokens[past : past + PREFILL_TOKENS], past)
+        Returns logits float32 [vocab_size] of the last one, a view that the next prefill of the slot overwrites.
+        """
+        bound = self._prefillers.get(slot)
+        if bound is None:
+            bound = self._prefillers[slot] = self._bind(slot, 1, np.zeros(1, np.int64))
+        count = len(tokens)
+        rows = np.full(1, count - 1, np.int64)
+        ids = np.asarray([tokens], np.int64)
+        bound.values[:2] = [_value(ids), _value(rows)]
+        bound.binding.bind_ortvalue_input("input_ids", bound.values[0])
+        bound.binding.bind_ortvalue_input("logit_rows", bound.values[1])
+        bound.seqlens[0] = length + count - 1
+        bound.total[()] = length + count
+        self._session.run_with_iobinding(bound.binding)
+        logits: Float = bound.logits[0]
         return logits
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of slot `source` over `target`: slots that decode stay dense."""
-        for key, value in self._slab:
-            key[target, :, :length] = key[source, :, :length]
-            value[target, :, :length] = value[source, :, :length]
+        """Copy the `length` tokens that slot `source` holds to slot `target`."""
+        for slab in self._slabs.values():
+            slab[target, :, :length] = slab[source, :, :length]
+
+    def warm_up(self) -> None:
+        """Run both shapes once, so that the first request pays for no allocation."""
+        token = self.config.bos_token_id or 0
+        self.prefill(0, [token] * min(8, self.shape.capacity - 1), 0)
+        for k in range(1, self.shape.slots + 1):
+            self.decode([token] * k, [0] * k)
 
     def close(self) -> None:
-        """Drop session and slab; the object is of no use afterwards."""
-        self._batches.clear()
+        """Give session and slab back now, whoever still holds this object; it cannot run any more."""
+        self._decoders.clear()
+        self._prefillers.clear()
+        self._slabs.clear()
         self._session = None
-        self._slab.clear()
 
-    def _live(self) -> ort.InferenceSession:
-        if self._session is None:
-            raise RuntimeError("decoder is closed")
-        return self._session
-
-    def _rows(self, start: int, end: int) -> dict[str, NDArray[np.float32]]:
-        """KV inputs by name, views of the slab's rows [start, end)."""
-        rows: dict[str, NDArray[np.float32]] = {}
-        for i, (key, value) in enumerate(self._slab):
-            rows[f"{i}.key"], rows[f"{i}.value"] = key[start:end], value[start:end]
-        return rows
-
-
-class _Binding:
-    """Inputs and outputs of one shape, bound once: per call only three small arrays change."""
-
-    def __init__(
-        self, session: ort.InferenceSession, rows: dict[str, Float], batch: int, length: int, vocab_size: int
-    ) -> None:
-        self._session = session
-        self._ids = np.zeros((batch, length), np.int64)
-        self._last = np.zeros(batch, np.int32)
-        self._total = np.zeros((), np.int32)
-        self._logits = np.zeros((batch, vocab_size), np.float32)
-        chosen = np.arange(length - 1, batch * length, length, dtype=np.int64)
-        self._binding = session.io_binding()
-        self._kept: list[Any] = [rows]
+    def _bind(self, slot: int, k: int, logit_rows: Int) -> _Bound:
+        """Bind rows slot..slot+k-1 of the slabs for steps of one token per row."""
+        bound = _Bound(
+            self._session.io_binding(), np.zeros((k, 1), np.int64), np.zeros(k, np.int32), np.zeros((), np.int32),
+            np.zeros((k, self.config.vocab_size), np.float32),
+        )  # fmt: skip
         inputs: dict[str, NDArray[Any]] = {
-            "input_ids": self._ids, "seqlens_k": self._last, "total_sequence_length": self._total, "logit_rows": chosen,
+            "input_ids": bound.input_ids, "logit_rows": logit_rows, "seqlens_k": bound.seqlens,
+            "total_sequence_length": bound.total,
         }  # fmt: skip
         for name, array in inputs.items():
-            self._binding.bind_ortvalue_input(name, self._value(array))
-        for name, array in rows.items():
-            value = self._value(array)
-            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            self._binding.bind_ortvalue_output(f"present.{name}", value)
-        self._binding.bind_ortvalue_output("logits", self._value(self._logits))
+            bound.values.append(_value(array))
+            bound.binding.bind_ortvalue_input(name, bound.values[-1])
+        bound.values.append(_value(bound.logits))
+        bound.binding.bind_ortvalue_output("logits", bound.values[-1])
+        for name, slab in self._slabs.items():
+            bound.values.append(_value(slab[slot : slot + k]))
+            bound.binding.bind_ortvalue_input(f"past_key_values.{name}", bound.values[-1])
+            bound.binding.bind_ortvalue_output(f"present.{name}", bound.values[-1])
+        return bound
 
-    def run(self, ids: NDArray[np.int64], last: NDArray[np.int32]) -> Float:
-        """`last` is the index of each row's last token; logits float32 [batch, vocabulary]."""
-        self._ids[:] = ids
-        self._last[:] = last
-        self._total[()] = int(last.max()) + 1
-        self._session.run_with_iobinding(self._binding)
-        return self._logits
 
-    def _value(self, array: NDArray[Any]) -> Any:
-        value = ort.OrtValue.ortvalue_from_numpy(array)
-        self._kept.append((array, value))  # the value points into the array
-        return value
+def _value(array: NDArray[Any]) -> Any:
+    """An OrtValue over the memory of a contiguous array, which it also keeps alive."""
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _session(graph: Path, options: ExecutionOptions) -> Any:
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.inter_op_num_threads = 1
+    settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
+    settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    if options.spinning:
+        settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_DURATION_US))
+    for key, value in options.session_config.items():
+        settings.add_session_config_entry(key, value)
+    if options.provider not in ort.get_available_providers():
+        raise DeployError(Code.LOAD_FAILED, f"this onnxruntime has no {options.provider}; probe the version again")
+    try:
+        return ort.InferenceSession(str(graph), settings, providers=[options.provider])
+    except Exception as error:
+        raise DeployError(Code.LOAD_FAILED, f"onnxruntime refuses {graph}: {str(error)[:500]}") from error

@@ -1,187 +1,253 @@
-"""What serves: loaded versions by model name, swapped without a gap.
+"""Which versions are loaded, which of them takes new requests, and how one follows another.
 
-A new version is loaded and warmed beside the old one; then one assignment sends new requests to it, and the old one
-drains with the requests that it has. A failed load changes nothing. `serving.json` is the only order that is taken.
+`serving.json` of the store says what should serve. Everything but the loading itself happens on the event loop's
+thread, so a switch is one assignment between two requests. Invariants: a version that does not load leaves the one that
+serves untouched; a version that was replaced is closed when its last request has ended, never before.
 """
 
-import ctypes
+import asyncio
 import gc
-import threading
-import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 
-from runtime.engine import Engine, Finished, Generation
-from runtime.model import Decoder
-from runtime.sampling import SamplingParameters
+from host.files import read_bounded
+from runtime.cpu import allowed_threads
+from runtime.engine import Deliveries, Engine
+from runtime.memory import trim_heap
+from runtime.model import Model, Shape
 from runtime.settings import RuntimeSettings
-from runtime.stats import StatsRecorder
-from runtime.text import TextCodec
+from runtime.stats import Stats
+from runtime.text import Text
+from runtime.version import open_version
 from wire.documents import parse_document
-from wire.errors import AmperageError, Code, DeployError, InferenceError
+from wire.errors import AmperageError, Code, InferenceError
+from wire.manifest import DecoderConfig
 from wire.serving import ModelStats, Serving, ServingModel
-
-log = structlog.get_logger()
 
 SERVING_FILE = "serving.json"
 SERVING_LIMIT_BYTES = 1 << 20
-VERSIONS = "versions"
-DRAIN_TIMEOUT_S = 600.0
-WARM_UP_TOKENS = 4
+
+_log = structlog.get_logger(__name__)
 
 
-@dataclass(slots=True)
-class Served:
-    """One loaded version."""
+@dataclass(slots=True, eq=False)
+class Loaded:
+    """One version in memory. `users` counts requests that hold it."""
 
-    order: ServingModel
+    entry: ServingModel
+    config: DecoderConfig
+    text: Text
     engine: Engine
-    text: TextCodec
-    stats: StatsRecorder
-    decoder: Decoder
-    loaded_s: float = field(default_factory=time.time)
+    capacity: int
+    users: int = 0
+    replaced: bool = False
 
     @property
     def fingerprint(self) -> str:
         """`system_fingerprint` of its answers."""
-        return f"amperage-{self.order.decoded[:12]}"
+        return f"amperage-{self.entry.decoded[:12]}"
 
-    @property
-    def context_tokens(self) -> int:
-        """Prompt and answer together."""
-        return self.decoder.capacity
 
-    def snapshot(self) -> ModelStats:
-        """Its figures."""
-        return self.stats.snapshot(self.decoder.version, self.order.decoded, self.engine.active())
+@dataclass(slots=True)
+class Place:
+    """What is known of one model name."""
+
+    current: Loaded | None = None
+    draining: list[Loaded] = field(default_factory=list)
+    error: AmperageError | None = None
+    """Why the version that serving.json names does not serve."""
+    loading: bool = False
 
 
 class Registry:
-    """Loaded models; `get` is for any thread, loads are one at a time."""
+    """The models of this process."""
 
     def __init__(self, settings: RuntimeSettings) -> None:
         self._settings = settings
-        self._served: dict[str, Served] = {}
-        self._faults: dict[str, str] = {}
-        self._loading = threading.Lock()
+        self._places: dict[str, Place] = {}
+        self._one_load = asyncio.Lock()
+        self._closing: set[asyncio.Task[None]] = set()
+        self.started = False
+        """True once everything that serving.json named at the start was tried."""
+        self.fault: AmperageError | None = None
+        """Why serving.json could not be read at the start."""
 
-    def get(self, model: str) -> Served:
-        """The version that new requests go to. Raises InferenceError: model_not_found (404), not_ready (503)."""
-        served = self._served.get(model)
-        if served is not None:
-            return served
-        if model in self._faults:
-            raise InferenceError(Code.NOT_READY, f"model {model} could not be loaded: {self._faults[model]}", 503, 5.0)
-        known = ", ".join(sorted(self._served)) or "none yet"
-        raise InferenceError(Code.MODEL_NOT_FOUND, f"no model {model} is served here; there are: {known}", 404)
-
-    def served(self) -> list[Served]:
-        """Everything that serves, by model name."""
-        return [served for _, served in sorted(self._served.items())]
-
-    def faults(self) -> dict[str, str]:
-        """Models that serving.json names but that could not be loaded, with the reason."""
-        return dict(self._faults)
-
-    def load_all(self) -> None:
-        """Load what serving.json names; a model that fails is remembered as such and the others serve."""
-        for order in self._read_serving().models:
-            try:
-                self.load(order.model)
-            except DeployError as error:
-                self._faults[order.model] = error.message
-                log.warning("load_failed", model=order.model, version=order.version, reason=error.message)
-
-    def load(self, model: str) -> ServingModel:
-        """Make serving.json's version of `model` answer new requests; returns once it does.
-
-        Raises DeployError(load_failed) and keeps the version that serves.
-        """
-        with self._loading:
-            order = next((entry for entry in self._read_serving().models if entry.model == model), None)
-            if order is None:
-                raise DeployError(Code.LOAD_FAILED, f"{SERVING_FILE} names no model {model}; write it before the nudge")
-            current = self._served.get(model)
-            if (
-                current is not None
-                and current.order.decoded == order.decoded
-                and current.order.options == order.options
-            ):
-                current.order = order
-                return order
-            started_s = time.monotonic()
-            fresh = self._open(order)
-            self._served = {**self._served, model: fresh}  # one assignment: a reader sees the old or the new
-            self._faults.pop(model, None)
-            seconds = round(time.monotonic() - started_s, 3)
-            log.info("version_loaded", model=model, version=order.version, decoded=order.decoded, seconds=seconds)
-        if current is not None:
-            self._retire(current)
-        return order
-
-    def unload(self, model: str) -> None:
-        """Stop serving `model` and let its requests end. Raises InferenceError(model_not_found)."""
-        with self._loading:
-            served = self.get(model)
-            self._served = {name: other for name, other in self._served.items() if name != model}
-        self._retire(served)
-
-    def close(self) -> None:
-        """Let every request end; for the end of the process."""
-        leaving, self._served = list(self._served.values()), {}
-        for served in leaving:
-            served.engine.drain(self._settings.body_timeout_s)
-
-    def _open(self, order: ServingModel) -> Served:
-        directory = self._settings.store / VERSIONS / order.decoded
-        settings = self._settings
-        decoder = Decoder(directory, order.options, slots=settings.slots, capacity=settings.context_tokens)
-        if decoder.version.decoded_digest() != order.decoded:
-            raise DeployError(Code.LOAD_FAILED, f"version.json is not that of {order.decoded[:12]}…; deploy it again")
-        stats = StatsRecorder()
-        served = Served(order, Engine(decoder, stats, queue_limit=settings.queue), TextCodec(directory), stats, decoder)
-        _warm_up(served)
-        return served
-
-    def _retire(self, old: Served) -> None:
-        name = f"drain-{old.order.model}-{old.order.version}"
-        threading.Thread(target=_drain, args=(old,), name=name, daemon=True).start()
-
-    def _read_serving(self) -> Serving:
-        path: Path = self._settings.store / SERVING_FILE
+    async def start(self) -> None:
+        """Load what serving.json names; what fails is remembered and reported, and the process lives."""
         try:
-            with path.open("rb") as source:
-                return parse_document(Serving, source.read(SERVING_LIMIT_BYTES + 1), limit_bytes=SERVING_LIMIT_BYTES)
-        except FileNotFoundError:
-            return Serving()
-        except (OSError, AmperageError) as error:
-            raise DeployError(Code.LOAD_FAILED, f"{path.name} cannot be used: {error}") from error
+            serving = await asyncio.to_thread(read_serving, self._settings.store)
+            for entry in serving.models:
+                self._places[entry.model] = Place(loading=True)
+            for entry in serving.models:
+                with suppress(AmperageError):
+                    await self.load(entry.model)
+        except AmperageError as error:
+            self.fault = error
+            _log.error("serving.json cannot be used", code=error.code, error=error.message)
+        self.started = True
+
+    async def load(self, model: str) -> Loaded:
+        """Make new requests for `model` go to what serving.json names, and let the version before drain.
+
+        Raises AmperageError when it cannot be loaded; what served goes on serving.
+        """
+        async with self._one_load:
+            place = self._places.setdefault(model, Place())
+            place.loading = True
+            try:
+                return await self._replace(model, place)
+            except AmperageError as error:
+                place.error = error
+                _log.error("model not loaded", model=model, code=error.code, error=error.message)
+                if place.current is None and error.code is Code.MODEL_NOT_FOUND:
+                    del self._places[model]
+                raise
+            finally:
+                place.loading = False
+
+    async def unload(self, model: str) -> None:
+        """Forget `model`; open requests end first. No fault when it is not loaded."""
+        async with self._one_load:
+            place = self._places.get(model)
+            if place is None:
+                return
+            old, place.current, place.error = place.current, None, None
+            if old is not None:
+                self._retire(place, old)
+            if not place.draining:
+                self._places.pop(model, None)
+
+    def acquire(self, model: str) -> Loaded:
+        """The version that takes new requests, held until `release`; raises InferenceError (404, 503)."""
+        place = self._places.get(model)
+        if place is None or (place.current is None and not place.loading and place.error is None):
+            if not self.started:
+                raise InferenceError(Code.NOT_READY, "models are being loaded; ask again", 503, retry_after_s=1.0)
+            known = ", ".join(sorted(name for name, other in self._places.items() if other.current)) or "none"
+            raise InferenceError(Code.MODEL_NOT_FOUND, f"no model {model[:64]!r} here; loaded: {known}", 404)
+        if place.current is None:
+            reason = f"does not load: {place.error}" if place.error else "is being loaded; ask again"
+            raise InferenceError(Code.NOT_READY, f"{model} {reason}"[:1000], 503, retry_after_s=1.0)
+        place.current.users += 1
+        return place.current
+
+    def release(self, version: Loaded) -> None:
+        """A request that held `version` has ended."""
+        version.users -= 1
+        if version.replaced and version.users == 0:
+            self._close_later(self._places.get(version.entry.model), version)
+
+    def places(self) -> dict[str, Place]:
+        """Models by name, with what loads, serves, drains or failed."""
+        return dict(self._places)
+
+    def ready(self) -> bool:
+        """True when everything that was tried serves."""
+        return self.started and self.fault is None and all(place.current is not None for place in self._places.values())
+
+    def stats(self) -> tuple[ModelStats, ...]:
+        """A row per loaded version: what serves before what drains."""
+        return tuple(_row(version) for version in self._loaded())
+
+    async def close(self) -> None:
+        """Cancel everything and give all memory back."""
+        for version in list(self._loaded()):
+            await asyncio.to_thread(version.engine.close)
+        if self._closing:
+            await asyncio.wait(self._closing)
+
+    def _loaded(self) -> Iterator[Loaded]:
+        for place in self._places.values():
+            if place.current is not None:
+                yield place.current
+            yield from place.draining
+
+    async def _replace(self, model: str, place: Place) -> Loaded:
+        serving = await asyncio.to_thread(read_serving, self._settings.store)
+        entry = next((entry for entry in serving.models if entry.model == model), None)
+        if entry is None:
+            raise InferenceError(Code.MODEL_NOT_FOUND, f"{SERVING_FILE} names no model {model[:64]!r}", 404)
+        old = place.current
+        if old is not None and (old.entry.decoded, old.entry.options) == (entry.decoded, entry.options):
+            place.error = None
+            return old
+        deliver = delivery_to(asyncio.get_running_loop())
+        fresh = await asyncio.to_thread(load_version, self._settings, entry, deliver)
+        place.current, place.error = fresh, None
+        _log.info("model serves", model=model, version=entry.version, decoded=entry.decoded)
+        if old is not None:
+            self._retire(place, old)
+        return fresh
+
+    def _retire(self, place: Place, old: Loaded) -> None:
+        old.replaced = True
+        place.draining.append(old)
+        if old.users == 0:
+            self._close_later(place, old)
+
+    def _close_later(self, place: Place | None, version: Loaded) -> None:
+        task = asyncio.get_running_loop().create_task(self._close(place, version))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def _close(self, place: Place | None, version: Loaded) -> None:
+        await asyncio.to_thread(version.engine.close)
+        if place is not None:
+            place.draining.remove(version)
+            if place.current is None and not place.draining and not place.loading and place.error is None:
+                self._places.pop(version.entry.model, None)
+        _log.info("model dropped", model=version.entry.model, decoded=version.entry.decoded)
+        gc.collect()
+        await asyncio.to_thread(trim_heap)
 
 
-def _warm_up(served: Served) -> None:
-    """A few tokens through the real engine: pages are touched and kernels chosen before the first client waits."""
-    done = threading.Event()
-    failures: list[str] = []
-
-    def sink(item: int | Finished) -> None:
-        if isinstance(item, Finished):
-            failures.append(item.detail)
-            done.set()
-
-    prompt = [served.decoder.version.config.bos_token_id or 0] * WARM_UP_TOKENS
-    parameters = SamplingParameters(temperature=0.0)
-    served.engine.submit(Generation(prompt, WARM_UP_TOKENS, parameters, sink))
-    done.wait()
-    if failures[0]:
-        raise DeployError(Code.LOAD_FAILED, f"version {served.order.version} fails its first tokens: {failures[0]}")
-    served.stats.reset()
+def read_serving(store: Path) -> Serving:
+    """`serving.json` of a store; a store without one serves nothing. Raises ArtifactError, StoreError."""
+    try:
+        data = read_bounded(store / SERVING_FILE, SERVING_LIMIT_BYTES)
+    except FileNotFoundError:
+        return Serving()
+    return parse_document(Serving, data, limit_bytes=SERVING_LIMIT_BYTES)
 
 
-def _drain(old: Served) -> None:
-    drained = old.engine.drain(DRAIN_TIMEOUT_S)
-    log.info("version_drained", model=old.order.model, version=old.order.version, complete=drained)
-    del old
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed arenas otherwise: a leak look-alike after swaps
+def load_version(settings: RuntimeSettings, entry: ServingModel, deliver: Callable[[Deliveries], None]) -> Loaded:
+    """Check, load and warm up one version; blocks. Raises ArtifactError, StoreError, DeployError."""
+    directory = settings.store / "versions" / entry.decoded
+    document, _ = open_version(directory, entry.decoded)
+    shape = Shape(settings.max_slots, min(settings.context_tokens, document.config.context_tokens))
+    threads = min(entry.options.threads, allowed_threads(settings.threads))
+    options = entry.options.model_copy(update={"threads": threads})
+    text = Text(directory, document.config)
+    model = Model(directory, document.config, shape, options)
+    model.warm_up()
+    engine = Engine(entry.model, model, Stats(), max_queue=settings.max_queue, deliver=deliver)
+    return Loaded(entry, document.config, text, engine, shape.capacity)
+
+
+def delivery_to(loop: asyncio.AbstractEventLoop) -> Callable[[Deliveries], None]:
+    """Hands a step's events to `loop` in one call, so that a step costs the engine's thread one wake-up."""
+
+    def dispatch(deliveries: Deliveries) -> None:
+        for generation, event in deliveries:
+            generation.sink(event)
+
+    def deliver(deliveries: Deliveries) -> None:
+        with suppress(RuntimeError):  # the loop was closed: nobody waits for the events any more
+            loop.call_soon_threadsafe(dispatch, deliveries)
+
+    return deliver
+
+
+def _row(version: Loaded) -> ModelStats:
+    figures = version.engine.stats.snapshot()
+    return ModelStats(
+        model=version.entry.model, version=version.entry.version, decoded=version.entry.decoded,
+        requests=figures.requests, failures=figures.failures, prompt_tokens=figures.prompt_tokens,
+        completion_tokens=figures.completion_tokens, busy_s=figures.busy_s, active=version.engine.open,
+        latency_p50_s=figures.latency_p50_s, latency_p95_s=figures.latency_p95_s,
+        first_token_p50_s=figures.first_token_p50_s, tokens_per_s=figures.tokens_per_s,
+    )  # fmt: skip

@@ -1,71 +1,95 @@
-"""From logits to a token: greedy, temperature, top-k, top-p, penalties; seeded.
+"""From a row of logits to a token: greedy, or temperature with top-k and top-p, with OpenAI's repetition penalties.
 
-Order as in the Hugging Face generation code: penalties, temperature, top-k, top-p. Temperature 0 is greedy.
+Pure but for the generator's state; the same seed gives the same tokens for the same rows of logits. Rows of different
+batch sizes differ in their last bits (docs/design.md), so that a seed promises no equal text under another load.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-Float = NDArray[np.float32]
+from wire.errors import Code, InferenceError
+
+CANDIDATES = 256
+"""Tokens sorted at first: the nucleus of a sharp distribution lies within, and a whole row takes milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingParameters:
-    """What a client asks for; defaults are OpenAI's."""
+class Sampling:
+    """What a request asks for. temperature 0 is greedy; top_k 0 means all; penalties as in OpenAI's API."""
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
 
 
-@dataclass(slots=True)
 class Sampler:
-    """State of one request: its random numbers and how often it produced each token."""
+    """Draws the tokens of one request."""
 
-    parameters: SamplingParameters
-    random: np.random.Generator = field(init=False)
-    counts: dict[int, int] = field(default_factory=dict)
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._random = np.random.default_rng(sampling.seed)
+        self._penalised = bool(sampling.frequency_penalty or sampling.presence_penalty)
+        self._counts: dict[int, int] = {}
 
-    def __post_init__(self) -> None:
-        self.random = np.random.default_rng(self.parameters.seed)
-
-    def choose(self, logits: Float) -> int:
-        """The next token of `logits` (float32 [vocabulary], not changed)."""
-        p = self.parameters
-        if p.presence_penalty or p.frequency_penalty or p.logit_bias:
-            logits = self._adjusted(logits)
-        token = int(np.argmax(logits)) if p.temperature <= 0 else self._draw(logits)
-        self.counts[token] = self.counts.get(token, 0) + 1
+    def draw(self, logits: NDArray[np.float32]) -> int:
+        """The next token by `logits` float32 [vocab_size]; raises InferenceError(internal) when they are not finite."""
+        if self._penalised:
+            logits = self._penalise(logits)
+        best = int(logits.argmax())  # of NaNs the first
+        if not np.isfinite(logits[best]):
+            raise InferenceError(
+                Code.INTERNAL, "the model's logits are not finite; have the agent probe the version again", 500
+            )
+        token = best if self._sampling.temperature == 0.0 else self._choose(logits)
+        if self._penalised:
+            self._counts[token] = self._counts.get(token, 0) + 1
         return token
 
-    def _adjusted(self, logits: Float) -> Float:
-        adjusted = logits.copy()
-        p = self.parameters
-        for token, count in self.counts.items():
-            adjusted[token] -= p.presence_penalty + p.frequency_penalty * count
-        for token, bias in p.logit_bias:
-            adjusted[token] += bias
-        return adjusted
+    def _penalise(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """mu[j] - c[j] * frequency - (c[j] > 0) * presence, of the answer's own tokens (OpenAI API reference)."""
+        changed = logits.copy()
+        if self._counts:
+            tokens = np.fromiter(self._counts.keys(), np.int64, len(self._counts))
+            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            changed[tokens] -= counts * self._sampling.frequency_penalty + self._sampling.presence_penalty
+        return changed
 
-    def _draw(self, logits: Float) -> int:
-        p = self.parameters
-        scaled = logits.astype(np.float64) / p.temperature
-        tokens = np.arange(scaled.size)
-        if 0 < p.top_k < scaled.size:
-            tokens = np.argpartition(-scaled, p.top_k - 1)[: p.top_k]
-            scaled = scaled[tokens]
-        weights = np.exp(scaled - scaled.max())
-        weights /= weights.sum()
-        if p.top_p < 1.0:
-            order = np.argsort(-weights, kind="stable")
-            kept = int(np.searchsorted(np.cumsum(weights[order]), p.top_p)) + 1
-            tokens, weights = tokens[order[:kept]], weights[order[:kept]]
-            weights = weights / weights.sum()
-        drawn = int(np.searchsorted(np.cumsum(weights), self.random.random()))
-        return int(tokens[min(drawn, tokens.size - 1)])
+    def _choose(self, logits: NDArray[np.float32]) -> int:
+        s = self._sampling
+        if not s.top_k and s.top_p >= 1.0:
+            weights = np.exp((logits - logits.max()).astype(np.float64) / s.temperature)
+            return self._pick(weights)
+        limit = s.top_k or logits.size
+        size = min(CANDIDATES, limit, logits.size)
+        while True:
+            order, weights, share = _largest(logits, size, s.temperature)
+            whole = size >= min(limit, logits.size)
+            if whole or share >= s.top_p:
+                break
+            size = min(size * 16, limit, logits.size)
+        if s.top_k:
+            share = 1.0  # top-p of what top-k left, as everywhere
+        nucleus = s.top_p / share * weights.sum()
+        kept = int(np.searchsorted(np.cumsum(weights), nucleus)) + 1
+        return int(order[self._pick(weights[:kept])])
+
+    def _pick(self, weights: NDArray[np.float64]) -> int:
+        cumulative = np.cumsum(weights)
+        at = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
+        return min(at, weights.size - 1)
+
+
+def _largest(
+    logits: NDArray[np.float32], size: int, temperature: float
+) -> tuple[NDArray[np.intp], NDArray[np.float64], float]:
+    """(tokens, weights) of the `size` largest logits in falling order, and their share of the whole distribution."""
+    order = np.argpartition(logits, logits.size - size)[-size:] if size < logits.size else np.arange(logits.size)
+    order = order[np.argsort(-logits[order], kind="stable")]
+    scaled = (logits - logits[order[0]]).astype(np.float64) / temperature
+    weights = np.exp(scaled[order])
+    return order, weights, float(weights.sum() / np.exp(scaled).sum())

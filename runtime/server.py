@@ -1,105 +1,128 @@
-"""One uvicorn server on two Unix sockets, told apart by the address that the connection came in on.
+"""The serving process: one uvicorn server on two sockets, the registry behind it, systemd around it.
 
-Sockets come from systemd (FileDescriptorName `public` and `admin`) or are bound here, with their mode set before
-anybody can connect. A stale socket file is removed only when it is a socket.
+The admin application answers on the admin socket and nowhere else; uvicorn names the listening socket in
+`scope["server"]`. The process is ready once both sockets listen: models load after that, because a model that does not
+load must not keep the others, or the admin socket, from answering.
 """
 
 import asyncio
-import contextlib
+import gc
 import os
+import signal
 import socket
-import stat
-import threading
-from pathlib import Path
-from typing import Any
+import sys
+import time
+from collections.abc import Awaitable, Callable
 
 import structlog
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from host.notify import listen_fds, notify_ready, notify_stopping
-from runtime.admin import admin_app
-from runtime.api import public_app
+from host.notify import listen_fds, notify_ready, notify_stopping, notify_watchdog, watchdog_interval_s
+from runtime.admin import make_admin
+from runtime.api import make_api
+from runtime.cpu import allowed_threads, detect_cpu
+from runtime.model import ONNXRUNTIME
 from runtime.registry import Registry
 from runtime.settings import RuntimeSettings
-from wire.errors import ConfigError
+from runtime.sockets import ADMIN_MODE, BACKLOG, PUBLIC_MODE, Listener, open_listener
 
-log = structlog.get_logger()
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread may keep the interpreter while another waits: an engine's step is short, the default is 5 ms."""
+KEEP_ALIVE_S = 60
 
-PUBLIC_MODE = 0o660
-ADMIN_MODE = 0o600
-BACKLOG = 256
-KEEP_ALIVE_S = 75
-SHUTDOWN_S = 30
+_log = structlog.get_logger(__name__)
 
 
-def serve(settings: RuntimeSettings) -> int:
-    """Serve until SIGTERM; returns the exit status."""
-    sockets = open_sockets(settings)
-    registry = Registry(settings)
-    loader = threading.Thread(target=registry.load_all, name="loader", daemon=True)
-    apps: dict[Any, ASGIApp] = {
-        sockets[0].getsockname(): public_app(registry, settings),
-        sockets[1].getsockname(): admin_app(registry, settings),
-    }
-    config = uvicorn.Config(
-        _Switch(apps), log_config=None, access_log=False, lifespan="off", timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=SHUTDOWN_S, server_header=False, ws="none", http="h11", loop="asyncio",
-    )  # fmt: skip
-    server = uvicorn.Server(config)
-    loader.start()
-    try:
-        asyncio.run(_run(server, sockets))
-    finally:
-        notify_stopping()
-        registry.close()
-        for opened in sockets:
-            opened.close()
-    return 0
+class SocketSwitch:
+    """Sends a request to the application of the socket that it came in by."""
 
-
-def open_sockets(settings: RuntimeSettings) -> list[socket.socket]:
-    """[public, admin], inherited or bound. Raises ConfigError when a path cannot be bound."""
-    inherited = listen_fds()
-    if {"public", "admin"} <= inherited.keys():
-        return [inherited["public"], inherited["admin"]]
-    return [bind_socket(settings.public_socket, PUBLIC_MODE), bind_socket(settings.admin_socket, ADMIN_MODE)]
-
-
-def bind_socket(path: Path, mode: int) -> socket.socket:
-    """A listening Unix socket with exactly `mode`."""
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(path.lstat().st_mode):
-                raise ConfigError(f"{path} exists and is no socket; move it away or choose another path")
-            path.unlink()
-        bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        before = os.umask(0o777 & ~mode)  # the mode must hold from the first moment, not after a chmod
-        try:
-            bound.bind(str(path))
-        finally:
-            os.umask(before)
-        bound.listen(BACKLOG)
-    except OSError as error:
-        raise ConfigError(f"cannot bind {path}: {error}; a Unix socket's path may have 107 bytes") from error
-    return bound
-
-
-async def _run(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
-    serving = asyncio.create_task(server.serve(sockets=sockets))
-    while not server.started and not serving.done():
-        await asyncio.sleep(0.01)
-    notify_ready()
-    log.info("sockets_open", public=sockets[0].getsockname(), admin=sockets[1].getsockname())
-    await serving
-
-
-class _Switch:
-    """ASGI: hands a connection to the application of the socket that it arrived on."""
-
-    def __init__(self, apps: dict[Any, ASGIApp]) -> None:
-        self._apps = apps
+    def __init__(self, public: ASGIApp, admin: ASGIApp, admin_path: str) -> None:
+        self._public, self._admin, self._admin_path = public, admin, admin_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        address = scope.get("server") or (None, None)
-        await self._apps[address[0]](scope, receive, send)
+        """ASGI."""
+        server = scope.get("server")
+        is_admin = server is not None and server[0] == self._admin_path
+        await (self._admin if is_admin else self._public)(scope, receive, send)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, telling when it listens and when it begins to end."""
+
+    def __init__(self, config: uvicorn.Config, on_start: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(config)
+        self._on_start = on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        await self._on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        notify_stopping()
+        await super().shutdown(sockets)
+
+
+def serve(settings: RuntimeSettings) -> None:
+    """Serve until SIGTERM or SIGINT; open answers may end within `shutdown_grace_s`. Raises ConfigError."""
+    inherited = list(listen_fds().values())
+    public = open_listener(settings.public_socket, PUBLIC_MODE, inherited)
+    try:
+        admin = open_listener(settings.admin_socket, ADMIN_MODE, inherited)
+        try:
+            sys.setswitchinterval(SWITCH_INTERVAL_S)
+            asyncio.run(_serve(settings, public, admin))
+        finally:
+            admin.remove()
+    finally:
+        public.remove()
+
+
+async def _serve(settings: RuntimeSettings, public: Listener, admin: Listener) -> None:
+    registry = Registry(settings)
+    app = SocketSwitch(
+        make_api(registry, settings), make_admin(registry, settings, os.getpid(), time.time()), str(admin.path)
+    )
+    config = uvicorn.Config(
+        app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
+        date_header=False, backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_grace_s)),
+    )  # fmt: skip
+    tasks: list[asyncio.Task[None]] = []
+
+    async def started() -> None:
+        cpu, threads = detect_cpu(), allowed_threads(settings.threads)
+        _log.info("listening", public=str(public.path), cpu=str(cpu), threads=threads, onnxruntime=ONNXRUNTIME)
+        notify_ready("serving")
+        gc.freeze()  # what is alive now lives for ever: later collections are short pauses
+        tasks.append(asyncio.create_task(registry.start()))
+        interval_s = watchdog_interval_s()
+        if interval_s is not None:
+            tasks.append(asyncio.create_task(_feed_watchdog(interval_s)))
+
+    server = _Server(config, started)
+    _end_quietly(server)
+    try:
+        await server.serve([public.socket, admin.socket])
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await registry.close()
+        _log.info("ended")
+
+
+async def _feed_watchdog(interval_s: float) -> None:
+    while True:
+        notify_watchdog()
+        await asyncio.sleep(interval_s)
+
+
+def _end_quietly(server: uvicorn.Server) -> None:
+    """uvicorn raises a caught signal once more when it is done; for us that end is a success, status 0."""
+
+    def ask(_signal: int, _frame: object) -> None:
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask)

@@ -12,19 +12,21 @@ class RuntimeSettings(Settings):
     """`runtime.toml`."""
 
     store: FilePath
+    """Root of the agent's store; the runtime only reads it."""
     public_socket: FilePath = Path("/run/amperage/inference.sock")
     admin_socket: FilePath = Path("/run/amperage/admin.sock")
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Threads of a model's kernels; 0 means as many as affinity and the cgroup's quota allow."""
-    slots: Annotated[int, Field(ge=1, le=64)] = 4
-    """Requests of one model that decode together; each keeps `context_tokens` of KV cache."""
-    context_tokens: Annotated[int, Field(ge=16, le=1 << 20)] = 2048
-    """Upper bound of prompt and answer together, below what the model itself allows."""
-    queue: Annotated[int, Field(ge=0, le=10_000)] = 64
-    """Requests that may wait for a slot before new ones are refused with 429."""
-    request_limit_bytes: Annotated[int, Field(ge=1024, le=64 << 20)] = 1 << 20
+    """Threads of one model; 0 means as many as affinity and cgroup quota allow."""
+    max_slots: Annotated[int, Field(ge=1, le=64)] = 4
+    """Requests of one model that are decoded together; each has a slot of KV cache."""
+    max_queue: Annotated[int, Field(ge=0, le=10_000)] = 64
+    """Requests of one model that may wait for a slot; more are refused with 429."""
+    context_tokens: Annotated[int, Field(ge=16, le=1 << 20)] = 4096
+    """Upper bound of prompt and answer together; a model with a shorter context keeps its own."""
+    request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0
+    """From the last byte of a request to the last byte of its answer."""
+    shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 20.0
+    """How long open answers may go on after SIGTERM."""
     probe_memory_bytes: Annotated[int, Field(ge=0)] = 0
-    """Address space of the probe child; 0 means what the unit allows."""
-    body_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
-    """A client that sends its request more slowly is cut off."""
+    """Address space of a probe child; 0 means a bound that follows from the size of the candidate."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -1,75 +1,98 @@
-"""Counters of one loaded version, and its latencies over a window of requests."""
+"""Counters of one loaded version: written by its engine's thread, read by anyone.
+
+Invariant: counters only grow and begin at 0 with the load; latencies are of the last 256 requests that ended well.
+"""
 
 import threading
-import time
 from collections import deque
-from dataclasses import dataclass, field
-
-from wire.manifest import VersionDocument
-from wire.serving import ModelStats
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 WINDOW_REQUESTS = 256
 
 
-@dataclass(slots=True)
-class StatsRecorder:
-    """Written by the engine thread, read by anybody."""
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A reading; None is unknown, never 0."""
 
-    requests: int = 0
-    failures: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    busy_s: float = 0.0
-    _latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW_REQUESTS))
-    _first_tokens_s: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW_REQUESTS))
-    _speeds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW_REQUESTS))
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    requests: int
+    failures: int
+    prompt_tokens: int
+    completion_tokens: int
+    busy_s: float
+    latency_p50_s: float | None
+    latency_p95_s: float | None
+    first_token_p50_s: float | None
+    tokens_per_s: float | None
+    """Tokens of all answers per second of decoding over the window: what the engine gives, however many ask."""
 
-    def add_busy(self, seconds: float) -> None:
-        """Time that the engine spent inside steps."""
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    latency_s: float
+    first_token_s: float
+    decoded_tokens: int
+    decode_s: float
+
+
+class Stats:
+    """Counters of one version."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests = self._failures = 0
+        self._prompt_tokens = self._completion_tokens = self._decoded_tokens = 0
+        self._busy_s = self._decode_s = 0.0
+        self._window: deque[_Ended] = deque(maxlen=WINDOW_REQUESTS)
+
+    def began(self, prompt_tokens: int) -> None:
+        """A request was accepted."""
         with self._lock:
-            self.busy_s += seconds
+            self._requests += 1
+            self._prompt_tokens += prompt_tokens
 
-    def reset(self) -> None:
-        """Forget everything: a warm-up is not traffic."""
+    def failed(self) -> None:
+        """A request that was accepted failed by no fault of its client."""
         with self._lock:
-            self.requests = self.failures = self.prompt_tokens = self.completion_tokens = 0
-            self.busy_s = 0.0
-            for window in (self._latencies_s, self._first_tokens_s, self._speeds):
-                window.clear()
+            self._failures += 1
 
-    def add_failure(self) -> None:
-        """A request that the server failed."""
+    def decoded(self, tokens: int, span_s: float) -> None:
+        """A decode step gave `tokens`."""
         with self._lock:
-            self.requests += 1
-            self.failures += 1
+            self._completion_tokens += tokens
+            self._decoded_tokens += tokens
+            self._decode_s += span_s
+            self._busy_s += span_s
 
-    def add_request(self, started_s: float, first_token_s: float | None, prompt: int, produced: int) -> None:
-        """A request that ended now; times on the monotonic clock."""
-        now_s = time.monotonic()
+    def prefilled(self, tokens: int, span_s: float) -> None:
+        """A chunk of a prompt was read; it gave `tokens`, one when it was the last chunk."""
         with self._lock:
-            self.requests += 1
-            self.prompt_tokens += prompt
-            self.completion_tokens += produced
-            self._latencies_s.append(now_s - started_s)
-            if first_token_s is not None:
-                self._first_tokens_s.append(first_token_s - started_s)
-                if produced > 1 and now_s > first_token_s:
-                    self._speeds.append((produced - 1) / (now_s - first_token_s))
+            self._completion_tokens += tokens
+            self._busy_s += span_s
 
-    def snapshot(self, version: VersionDocument, decoded: str, active: int) -> ModelStats:
-        """The figures as the admin socket shows them."""
+    def ended(self, latency_s: float, first_token_s: float) -> None:
+        """A request ended well; both spans begin when it was accepted."""
         with self._lock:
-            return ModelStats(
-                model=version.model, version=version.version, decoded=decoded, requests=self.requests,
-                failures=self.failures, prompt_tokens=self.prompt_tokens, completion_tokens=self.completion_tokens,
-                busy_s=self.busy_s, active=active, latency_p50_s=percentile(self._latencies_s, 0.5),
-                latency_p95_s=percentile(self._latencies_s, 0.95),
-                first_token_p50_s=percentile(self._first_tokens_s, 0.5), tokens_per_s=percentile(self._speeds, 0.5),
+            self._window.append(_Ended(latency_s, first_token_s, self._decoded_tokens, self._decode_s))
+
+    def snapshot(self) -> Snapshot:
+        """All figures at this moment."""
+        with self._lock:
+            window = list(self._window)
+            latencies, firsts = [e.latency_s for e in window], [e.first_token_s for e in window]
+            return Snapshot(
+                self._requests, self._failures, self._prompt_tokens, self._completion_tokens, self._busy_s,
+                quantile(latencies, 0.5), quantile(latencies, 0.95), quantile(firsts, 0.5), self._rate(window),
             )  # fmt: skip
 
+    def _rate(self, window: list[_Ended]) -> float | None:
+        tokens, span_s = self._decoded_tokens, self._decode_s
+        if len(window) == WINDOW_REQUESTS:
+            tokens, span_s = tokens - window[0].decoded_tokens, span_s - window[0].decode_s
+        return tokens / span_s if tokens and span_s > 0 else None
 
-def percentile(values: "deque[float]", share: float) -> float | None:
-    """The nearest-rank percentile, None of nothing."""
+
+def quantile(values: Iterable[float], share: float) -> float | None:
+    """The value that `share` of `values` do not exceed (nearest rank), None of nothing."""
     ordered = sorted(values)
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else None
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None

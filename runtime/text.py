@@ -1,107 +1,157 @@
-"""Text to tokens and back: the tokenizer, the chat template, and decoding that never splits a character.
+"""Text to tokens and back: tokenizer, chat template, streaming detokenisation, stop strings.
 
-The template comes with the signed version, but it is still a program: it runs in jinja's immutable sandbox.
+Invariants: a piece of text that was given out is never taken back, so a character whose bytes are not complete and the
+beginning of a possible stop string are held; templates run in a sandbox and what they write is bounded.
 """
 
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads are counted: none but onnxruntime's
+
+import jinja2
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from host.files import read_bounded
+from runtime.version import TEMPLATE_FILE, TOKENIZER_FILE
 from wire.errors import Code, DeployError, InferenceError
+from wire.manifest import DecoderConfig
 
-TOKENIZER_FILE = "tokenizer.json"
-TEMPLATE_FILE = "chat_template.jinja"
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-HOLD_TOKENS = 8
-"""A character of UTF-8 has at most four bytes, so a tail that is still broken after these is really broken."""
+TEMPLATE_LIMIT_BYTES = 64 * 1024
+PROMPT_LIMIT_CHARACTERS = 4 << 20
+HELD_TOKENS = 8
+"""A character has at most 4 bytes and a token at least one: what is still no character after twice that is none."""
+
+Message = dict[str, str]
+Decode = Callable[[Sequence[int]], str]
 
 
-class TextCodec:
-    """Tokenizer and template of one version; safe to use from several threads."""
+class Text:
+    """Tokenizer and chat template of a version. Raises DeployError(load_failed) when they cannot be used."""
 
-    def __init__(self, directory: Path) -> None:
-        """Raises DeployError(load_failed) when the files are not usable."""
+    def __init__(self, directory: Path, config: DecoderConfig) -> None:
         try:
             self._tokenizer = Tokenizer.from_file(str(directory / TOKENIZER_FILE))
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
-            self._template = environment.from_string((directory / TEMPLATE_FILE).read_text())
+            self._template = _template(directory / TEMPLATE_FILE)
         except Exception as error:  # tokenizers raises bare Exception
-            raise DeployError(
-                Code.LOAD_FAILED, f"tokenizer or chat template: {error}; build the version again"
-            ) from error
+            raise DeployError(Code.LOAD_FAILED, f"tokenizer or chat template of {directory}: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._names = {
+            "bos_token": self._token_text(config.bos_token_id),
+            "eos_token": self._token_text(next(iter(config.eos_token_ids), None)),
+        }
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`."""
-        return [int(token) for token in self._tokenizer.encode(text).ids]
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Tokens of `text`; `special` lets the tokenizer add its begin and end tokens."""
+        return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids)
 
-    def decode(self, tokens: list[int]) -> str:
-        """Text of `tokens`; bytes that are no whole character become U+FFFD."""
-        return str(self._tokenizer.decode(tokens))
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens`, special ones left out."""
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def chat_prompt(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt of a conversation. Raises InferenceError(bad_request) when the template refuses it."""
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt of a conversation; raises InferenceError(bad_request) when the template refuses it."""
+        if self._template is None:
+            raise InferenceError(Code.BAD_REQUEST, "this model has no chat template; use /v1/completions", 400)
+        pieces: list[str] = []
+        room = PROMPT_LIMIT_CHARACTERS
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True)
-        except TemplateError as error:
-            raise InferenceError(Code.BAD_REQUEST, f"chat template: {error}; change the messages", 400) from error
+            for piece in self._template.generate(messages=messages, add_generation_prompt=True, **self._names):
+                room -= len(piece)
+                if room < 0:
+                    raise InferenceError(Code.BAD_REQUEST, "the conversation is too long; send less of it", 400)
+                pieces.append(piece)
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise InferenceError(
+                Code.BAD_REQUEST, f"the model's chat template refuses the messages: {error}", 400
+            ) from error
+        return "".join(pieces)
+
+    def _token_text(self, token: int | None) -> str:
+        return (self._tokenizer.id_to_token(token) or "") if token is not None else ""
 
 
 @dataclass(slots=True)
-class TextStream:
-    """Turns a request's tokens into pieces of text, holding back what may still become a character or a stop string."""
+class Detokeniser:
+    """Tokens one by one to pieces of text that are whole characters.
 
-    codec: TextCodec
-    stops: tuple[str, ...] = ()
+    A window of tokens is decoded with and without the new ones, because what a token means can depend on the one
+    before it (leading spaces of SentencePiece). Joined, the pieces are the text of all tokens.
+    """
+
+    decode: Decode
     _tokens: list[int] = field(default_factory=list)
-    _prefix: int = 0
-    """Tokens whose text was handed out; one of them stays as context, because decoding depends on its neighbour."""
-    _held: str = ""
-    stopped: bool = False
+    _known: int = 0
+    """Tokens of the window whose text was given out."""
 
-    def push(self, token: int) -> str:
-        """Text that is certain after `token`; '' when all of it is held back. After `stopped` nothing comes."""
+    def feed(self, token: int) -> str:
+        """The text that `token` completes, often none."""
         self._tokens.append(token)
-        start = max(self._prefix - 1, 0)
-        before = self.codec.decode(self._tokens[start : self._prefix])
-        after = self.codec.decode(self._tokens[start:])
-        piece = after[len(before) :]
-        if piece.endswith(REPLACEMENT) and len(self._tokens) - self._prefix < HOLD_TOKENS:
-            return ""
-        self._prefix = len(self._tokens)
-        if self._prefix > HOLD_TOKENS:
-            self._tokens = self._tokens[-1:]
-            self._prefix = 1
-        return self._release(piece)
+        return self._take(final=False)
 
     def finish(self) -> str:
-        """What was held back, when no stop string completed it."""
-        if self.stopped:
-            return ""
-        start = max(self._prefix - 1, 0)
-        before = self.codec.decode(self._tokens[start : self._prefix])
-        rest = self.codec.decode(self._tokens[start:])[len(before) :]
-        text, self._held = self._held + rest, ""
-        return text
+        """What is held, with replacement characters for bytes that never became one."""
+        return self._take(final=True)
 
-    def _release(self, piece: str) -> str:
+    def _take(self, *, final: bool) -> str:
+        before = self.decode(self._tokens[: self._known])
+        text = self.decode(self._tokens)
+        waiting = not final and len(self._tokens) - self._known < HELD_TOKENS
+        if waiting and (len(text) <= len(before) or text.endswith("\ufffd")):
+            return ""
+        self._tokens = self._tokens[self._known :]
+        self._known = len(self._tokens)
+        return text[len(before) :]
+
+
+@dataclass(slots=True)
+class StopStrings:
+    """Cuts text at the stop string that is complete first; of two complete at once, at the one that began first."""
+
+    stops: tuple[str, ...]
+    stopped: bool = False
+    _held: str = ""
+
+    def feed(self, piece: str) -> str:
+        """What of `piece` and the text held can be given out; nothing more once `stopped`."""
+        if not self.stops or self.stopped:
+            return "" if self.stopped else piece
         text = self._held + piece
-        for stop in self.stops:
-            found = text.find(stop)
-            if found >= 0:
-                self.stopped, self._held = True, ""
-                return text[:found]
-        keep = max((_overlap(text, stop) for stop in self.stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        hold = max(_overlap(text, stop) for stop in self.stops)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+    def finish(self) -> str:
+        """The text held, when no stop string came."""
+        held, self._held = self._held, ""
+        return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    for size in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
+    """Length of the longest end of `text` that begins `stop` and is not all of it."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _template(path: Path) -> jinja2.Template | None:
+    """As Hugging Face renders chat templates (transformers, chat_template_utils.py), in the sandbox that they use."""
+    try:
+        source = read_bounded(path, TEMPLATE_LIMIT_BYTES).decode()
+    except FileNotFoundError:
+        return None
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.globals["raise_exception"] = _refuse
+    return environment.from_string(source)
+
+
+def _refuse(message: Any) -> None:
+    raise jinja2.TemplateError(str(message))

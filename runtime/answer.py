@@ -1,0 +1,164 @@
+"""One request on the event loop's side: the engine's tokens become pieces of text, until they end or must end.
+
+Invariants: a request holds its version from before its prompt is tokenised until it has ended, whatever way it ends;
+a request that nobody waits for, that is over its time or that met a stop string is cancelled in the engine.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from runtime.engine import End, Event, Generation, Reason
+from runtime.registry import Loaded, Registry
+from runtime.sampling import Sampling
+from runtime.text import Detokeniser, Message, StopStrings
+from wire.errors import Code, InferenceError
+
+INLINE_CHARACTERS = 2_000
+"""A longer prompt is tokenised on another thread, so that it does not hold up everybody's tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to answer. The prompt is a conversation, a text, or tokens."""
+
+    model: str
+    prompt: Sequence[Message] | str | Sequence[int]
+    sampling: Sampling
+    stops: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    ignore_eos: bool = False
+
+
+class Answer:
+    """An answer in the making; an async context manager, whose end lets go of the version."""
+
+    def __init__(self, registry: Registry, wanted: Wanted, timeout_s: float) -> None:
+        self._registry, self._wanted, self._timeout_s = registry, wanted, timeout_s
+        self.version: Loaded
+        """Known once entered."""
+        self._inbox: deque[Event] = deque()
+        self._wake = asyncio.Event()
+        self._generation: Generation | None = None
+        self._expired = self._abandoned = self._over = False
+        self._timer: asyncio.TimerHandle | None = None
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.finish_reason = Reason.CANCELLED
+        """Reason.STOP or LENGTH once `pieces` is at its end; CANCELLED when the client left."""
+
+    async def __aenter__(self) -> Self:
+        """Hold the version, tokenise and queue; raises InferenceError when the request cannot be taken."""
+        self.version = self._registry.acquire(self._wanted.model)
+        try:
+            self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._expire)
+            tokens = await self._tokens() or self._beginning()
+            self.prompt_tokens = len(tokens)
+            generation = Generation(
+                tokens, self._wanted.max_tokens or self.version.capacity, self._wanted.sampling, self._take,
+                frozenset() if self._wanted.ignore_eos else frozenset(self.version.config.eos_token_ids),
+            )  # fmt: skip
+            self.version.engine.submit(generation)
+            self._generation = generation
+        except BaseException:
+            self._let_go()
+            raise
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        self._let_go()
+
+    def abandon(self) -> None:
+        """The client is gone: `pieces` ends and the engine stops working for it."""
+        self._abandoned = True
+        self._wake.set()
+
+    async def pieces(self) -> AsyncGenerator[str, None]:
+        """Pieces of text as they come, never empty; tokens that came meanwhile are in one piece.
+
+        Raises InferenceError when the model failed or the time is over.
+        """
+        detokeniser = Detokeniser(self.version.text.decode)
+        stops = StopStrings(self._wanted.stops)
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._abandoned:
+                return
+            text, end = self._drain(detokeniser, stops)
+            if text:
+                yield text
+            if end is not None:
+                self._conclude(end)
+                return
+            if self._expired:
+                self.version.engine.stats.failed()
+                raise InferenceError(
+                    Code.DEADLINE_PASSED, f"no whole answer within {self._timeout_s:g} s; ask for fewer tokens", 504
+                )
+
+    def _drain(self, detokeniser: Detokeniser, stops: StopStrings) -> tuple[str, End | None]:
+        pieces: list[str] = []
+        while self._inbox:
+            event = self._inbox.popleft()
+            if isinstance(event, End):
+                self._over = True
+                self.completion_tokens += event.reason is Reason.STOP  # the end token was generated too
+                pieces.append(stops.feed(detokeniser.finish()))
+                if stops.stopped:
+                    return "".join(pieces), End(Reason.STOP)
+                return "".join((*pieces, stops.finish())), event
+            self.completion_tokens += 1
+            pieces.append(stops.feed(detokeniser.feed(event)))
+            if stops.stopped:
+                return "".join(pieces), End(Reason.STOP)
+        return "".join(pieces), None
+
+    def _conclude(self, end: End) -> None:
+        if end.error is not None:
+            raise end.error
+        if end.reason is Reason.CANCELLED:
+            raise InferenceError(Code.NOT_READY, "the server is ending; ask again", 503, retry_after_s=1.0)
+        self.finish_reason = end.reason
+
+    async def _tokens(self) -> list[int]:
+        text, prompt = self.version.text, self._wanted.prompt
+        if isinstance(prompt, str):
+            return await _run(len(prompt), lambda: text.encode(prompt, special=True))
+        messages = [message for message in prompt if isinstance(message, dict)]
+        if messages:
+            size = sum(len(message["content"]) for message in messages)
+            tokens = await _run(size, lambda: text.encode(text.render(messages), special=False))
+        else:
+            tokens = [token for token in prompt if isinstance(token, int)]
+            if max(tokens, default=0) >= self.version.config.vocab_size:
+                raise InferenceError(Code.BAD_REQUEST, "prompt: a token is outside the model's vocabulary", 400)
+        return tokens
+
+    def _beginning(self) -> list[int]:
+        """What stands for an empty prompt."""
+        token = self.version.config.bos_token_id
+        if token is None:
+            raise InferenceError(Code.BAD_REQUEST, "the prompt is empty; send some text", 400)
+        return [token]
+
+    def _take(self, event: Event) -> None:
+        self._inbox.append(event)
+        self._wake.set()
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._wake.set()
+
+    def _let_go(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._generation is not None and not self._over:
+            self.version.engine.cancel(self._generation, self.finish_reason)
+        self._registry.release(self.version)
+
+
+async def _run(characters: int, work: Callable[[], list[int]]) -> list[int]:
+    return work() if characters <= INLINE_CHARACTERS else await asyncio.to_thread(work)

@@ -1,0 +1,203 @@
+"""The probe child: loads one candidate, judges it, measures it beside the incumbent, and reports on stdout.
+
+It is its own process by exec, with a bound on its memory and the first to die when memory runs out, so that a graph
+that crashes, hangs or eats memory harms nobody. What it can tell itself is a typed verdict here; what it cannot (a
+signal, no end) its parent tells (runtime/probe.py). It writes nothing but its report.
+"""
+
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.cpu import allowed_threads, detect_cpu
+from runtime.golden import Judgement, judge_model, read_golden, run_prompt
+from runtime.model import ONNXRUNTIME, Model, Shape
+from runtime.text import Text
+from runtime.version import open_version, weights_bytes
+from wire.errors import AmperageError
+from wire.golden import GoldenSet
+from wire.manifest import VersionDocument
+from wire.serving import ExecutionOptions, ProbeReport, ProbeVerdict
+
+GIB = 1 << 30
+PACKING_FACTOR = 8
+"""Address space per byte of weights: the map, the packed copy, its making, and the arena's doubling, twice over."""
+THREAD_BYTES = 16 << 20
+MEASURED_TOKENS = 24
+ROUNDS_LIMIT = 9
+MEASURE_BUDGET_S = 2.0
+QUICK_LOAD_S = 3.0
+"""Only a model that loads quickly is loaded again to try other options."""
+BETTER_BY = 1.05
+"""Other options must win clearly, because measurements on a serving node are noisy."""
+NICENESS = 5
+
+_MEMORY_SIGNS = ("bad_alloc", "failed to allocate", "cannot allocate memory", "memoryerror", "out of memory")
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What to probe; `memory_bytes` of 0 is a bound by the weights' size, `threads` of 0 all that are allowed."""
+
+    candidate: Path
+    incumbent: Path | None = None
+    threads: int = 0
+    memory_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Subject:
+    """A version under measurement."""
+
+    directory: Path
+    document: VersionDocument
+    golden: GoldenSet
+    options: ExecutionOptions
+    model: Model
+
+    def tokens_per_s(self) -> float:
+        """Speed of one stream after a golden prompt."""
+        prompt = list(max(self.golden.vectors, key=lambda vector: len(vector.input_ids)).input_ids)
+        token = int(run_prompt(self.model, prompt)[1].argmax())
+        began_s = time.perf_counter()
+        for step in range(MEASURED_TOKENS):
+            token = int(self.model.decode([token], [len(prompt) + step])[0].argmax())
+        return MEASURED_TOKENS / (time.perf_counter() - began_s)
+
+
+def probe_candidate(orders: Orders) -> ProbeReport:
+    """Probe in this process; never raises for what the candidate does."""
+    cpu = str(detect_cpu())
+    try:
+        return _probe(orders).model_copy(update={"cpu": cpu, "onnxruntime": ONNXRUNTIME, "peak_rss_bytes": peak_rss()})
+    except Exception as error:  # noqa: BLE001  whatever a candidate does to us is its verdict
+        verdict = ProbeVerdict.OUT_OF_MEMORY if looks_like_memory(repr(error)) else ProbeVerdict.LOAD_FAILED
+        detail = error.message if isinstance(error, AmperageError) else repr(error)
+        return ProbeReport(verdict=verdict, detail=detail[:2000], cpu=cpu, onnxruntime=ONNXRUNTIME)
+
+
+def confine(memory_bytes: int) -> None:
+    """Bound this process's address space, make it yield to others, and the first to die of memory."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    with suppress(OSError):
+        os.nice(NICENESS)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def looks_like_memory(text: str) -> bool:
+    """True when an error's text speaks of memory that was refused."""
+    lowered = text.lower()
+    return any(sign in lowered for sign in _MEMORY_SIGNS)
+
+
+def peak_rss() -> int | None:
+    """VmHWM of this process; ru_maxrss is no good, it survives exec and is the parent's."""
+    return _status_bytes("VmHWM")
+
+
+def _probe(orders: Orders) -> ProbeReport:
+    threads = allowed_threads(orders.threads)
+    document, _ = open_version(orders.candidate, _digest_name(orders.candidate))
+    golden = read_golden(orders.candidate, document.config.vocab_size)
+    confine(orders.memory_bytes or _memory_bound(orders, document, threads))
+    began_s = time.perf_counter()
+    Text(orders.candidate, document.config)
+    options = ExecutionOptions(threads=threads)
+    candidate = _subject(orders.candidate, document, golden, options)
+    load_s = time.perf_counter() - began_s
+    judged = judge_model(candidate.model, golden)
+    if judged.fault:
+        return _report(ProbeVerdict.GOLDEN_MISMATCH, judged, load_s)
+    if load_s < QUICK_LOAD_S:
+        candidate = _best(candidate)
+        judged = judge_model(candidate.model, golden)
+        if judged.fault:
+            return _report(ProbeVerdict.GOLDEN_MISMATCH, judged, load_s)
+    speeds = _race(candidate, _incumbent(orders, candidate.options))
+    return _report(ProbeVerdict.PASSED, judged, load_s).model_copy(
+        update={"tokens_per_s": speeds[0], "incumbent_tokens_per_s": speeds[1], "options": candidate.options}
+    )
+
+
+def _report(verdict: ProbeVerdict, judged: Judgement, load_s: float) -> ProbeReport:
+    return ProbeReport(
+        verdict=verdict, detail=judged.fault, golden_rows=judged.rows, golden_error=judged.worst_error,
+        golden_tolerance=judged.tolerance, top1_agreement=judged.top1_agreement, load_s=load_s,
+    )  # fmt: skip
+
+
+def _subject(directory: Path, document: VersionDocument, golden: GoldenSet, options: ExecutionOptions) -> _Subject:
+    longest = max(len(vector.input_ids) for vector in golden.vectors)
+    capacity = min(document.config.context_tokens, longest + MEASURED_TOKENS + 1)
+    model = Model(directory, document.config, Shape(1, capacity), options)
+    return _Subject(directory, document, golden, options, model)
+
+
+def _incumbent(orders: Orders, options: ExecutionOptions) -> _Subject | None:
+    """The version that serves, to be measured under the same conditions; what is wrong with it is not judged here."""
+    if orders.incumbent is None:
+        return None
+    try:
+        document, _ = open_version(orders.incumbent)
+        golden = read_golden(orders.incumbent, document.config.vocab_size)
+        return _subject(orders.incumbent, document, golden, options)
+    except (AmperageError, MemoryError):
+        return None
+
+
+def _best(first: _Subject) -> _Subject:
+    """The fastest of a few ways to run the candidate; the plain one unless another wins clearly."""
+    ways: list[dict[str, object]] = [{"spinning": True}, {"threads": 1}] if first.options.threads > 1 else []
+    best = first
+    for way in ways:
+        options = first.options.model_copy(update=way)
+        other = _subject(first.directory, first.document, first.golden, options)
+        mine, others = _race(best, other)
+        if mine is not None and others is not None and others > mine * BETTER_BY:
+            best, other = other, best
+        other.model.close()
+    return best
+
+
+def _race(one: _Subject, other: _Subject | None) -> tuple[float | None, float | None]:
+    """Median speeds of both, measured in turns so that what else the node does meets both alike."""
+    speeds: tuple[list[float], list[float]] = ([], [])
+    runs: list[tuple[list[float], Callable[[], float]]] = [(speeds[0], one.tokens_per_s)]
+    if other is not None:
+        runs.append((speeds[1], other.tokens_per_s))
+    until_s = time.perf_counter() + MEASURE_BUDGET_S
+    for _ in range(ROUNDS_LIMIT):
+        for found, run in runs:
+            found.append(run())
+        if time.perf_counter() > until_s:
+            break
+    return statistics.median(speeds[0]), statistics.median(speeds[1]) if other is not None else None
+
+
+def _memory_bound(orders: Orders, document: VersionDocument, threads: int) -> int:
+    weights = weights_bytes(document)
+    if orders.incumbent is not None:
+        with suppress(AmperageError):
+            weights += weights_bytes(open_version(orders.incumbent)[0])
+    return (_status_bytes("VmSize") or GIB) + GIB + PACKING_FACTOR * weights + THREAD_BYTES * threads
+
+
+def _digest_name(directory: Path) -> str | None:
+    """Directories of a store are named by their digest, which must then be right."""
+    name = directory.name
+    return name if len(name) == 64 and set(name) <= set("0123456789abcdef") else None
+
+
+def _status_bytes(field: str) -> int | None:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,85 @@
+"""Judging a loaded model by the golden vectors of its version (wire/golden.py).
+
+Both shapes that serve are judged: a prompt as chunks of prefill, and its last token once more as a decode step, because
+onnxruntime has different kernels for the two.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from host.files import read_bounded
+from runtime.model import PREFILL_TOKENS, Float, Model
+from wire.documents import parse_document
+from wire.errors import ArtifactError, Code, StoreError
+from wire.golden import GOLDEN_FILE, GOLDEN_LIMIT_BYTES, GoldenSet, GoldenVector
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What the golden vectors say; `worst_error` is None when a logit was not finite."""
+
+    rows: int
+    worst_error: float | None
+    tolerance: float
+    top1_agreement: float
+    fault: str
+    """Why the model is refused, empty when it is right."""
+
+
+def read_golden(directory: Path, vocab_size: int) -> GoldenSet:
+    """`golden.json` of a version; raises ArtifactError, StoreError."""
+    path = directory / GOLDEN_FILE
+    try:
+        data = read_bounded(path, GOLDEN_LIMIT_BYTES)
+    except FileNotFoundError as error:
+        raise StoreError(Code.CORRUPT, f"{path} is missing; build the version again with golden vectors") from error
+    golden = parse_document(GoldenSet, data, limit_bytes=GOLDEN_LIMIT_BYTES)
+    for vector in golden.vectors:
+        numbers = (*vector.input_ids, *vector.columns, vector.argmax)
+        if len(vector.columns) != len(vector.logits) or not 0 <= min(numbers) <= max(numbers) < vocab_size:
+            raise ArtifactError(Code.CORRUPT, f"{path} does not fit the model's vocabulary; build the version again")
+    return golden
+
+
+def judge_model(model: Model, golden: GoldenSet) -> Judgement:
+    """Run every golden vector on slot 0 of `model`."""
+    errors: list[float] = []
+    agreed = 0
+    for vector in golden.vectors:
+        rows = run_prompt(model, list(vector.input_ids))
+        errors += [_row_error(vector, row) for row in rows]
+        agreed += all(int(row.argmax()) == vector.argmax for row in rows)
+    finite = all(math.isfinite(error) for error in errors)
+    worst = max(errors) if finite else None
+    agreement = agreed / len(golden.vectors)
+    return Judgement(
+        len(golden.vectors), worst, golden.tolerance, agreement, _fault(worst, agreement, golden)
+    )  # fmt: skip
+
+
+def run_prompt(model: Model, tokens: list[int]) -> list[Float]:
+    """Logits of the last token, float32 [vocab_size]: by prefill, and again by a decode step."""
+    for start in range(0, len(tokens), PREFILL_TOKENS):
+        prefilled = model.prefill(0, tokens[start : start + PREFILL_TOKENS], start)
+    return [prefilled.copy(), model.decode([tokens[-1]], [len(tokens) - 1])[0].copy()]
+
+
+def _row_error(vector: GoldenVector, row: Float) -> float:
+    """RMS difference as a share of the reference's deviation; not finite when any logit of the row is not."""
+    if not np.isfinite(row).all():
+        return math.nan
+    difference = row[list(vector.columns)].astype(np.float64) - np.asarray(vector.logits)
+    return float(np.sqrt(np.mean(np.square(difference))) / vector.deviation)
+
+
+def _fault(worst: float | None, agreement: float, golden: GoldenSet) -> str:
+    if worst is None:
+        return "a logit of the golden vectors is not finite"
+    if worst > golden.tolerance:
+        return f"golden error {worst:.3f} is over the tolerance of {golden.tolerance:g}"
+    if agreement < golden.min_top1_agreement:
+        return f"top-1 agreement {agreement:.2f} is below {golden.min_top1_agreement:g}"
+    return ""

@@ -1,0 +1,224 @@
+"""Whole artifacts that were cut, mutated or made up: always ArtifactError, never another exception, a crash, or memory.
+
+Mutations are made twice: as damage (the index no longer has its signed digest), and as malice (the index frames are
+signed again over the mutation, so that everything behind the digests is reached).
+"""
+
+import hashlib
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codec.decoder import decode_pack
+from codec.encoder import encode_pack
+from codec.versions import read_version
+from tests.fixtures.codec.versions import make_manifest, make_version
+from wire.errors import ArtifactError
+from wire.index import Index, Section, SectionCodec, encode_index, parse_index
+from wire.manifest import FRAME_BYTES, Manifest
+
+HEADROOM_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    manifest: Manifest
+    pack: bytes
+    base: Path
+
+    @property
+    def data(self) -> bytes:
+        return self.pack[self.manifest.index_size_bytes :]
+
+    @property
+    def index(self) -> Index:
+        return parse_index(self.pack[: self.manifest.index_size_bytes], len(self.data))
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A small delta with every operation, and sections of every codec."""
+    place = tmp_path_factory.mktemp("artifact")
+    base = make_version(place / "base", weights=6000, floats=300)
+    version = make_version(place / "v", weights=6000, floats=300, changed=0.02)
+    encoded = encode_pack(version, place / "v", place / "p", base=(base, place / "base"))
+    return Artifact(make_manifest(version, encoded, base.decoded_digest()), (place / "p").read_bytes(), place / "base")
+
+
+def resign(artifact: Artifact, index: Index, data: bytes) -> tuple[Manifest, bytes]:
+    """A manifest that vouches for the given index and data."""
+    hashes = tuple(hashlib.sha256(data[i : i + FRAME_BYTES]).digest() for i in range(0, len(data), FRAME_BYTES))
+    head = encode_index(Index(hashes, index.sections))
+    frames = tuple(hashlib.sha256(head[i : i + FRAME_BYTES]).hexdigest() for i in range(0, len(head), FRAME_BYTES))
+    update = {"index_size_bytes": len(head), "index_frames": frames, "pack_size_bytes": len(head) + len(data)}
+    return artifact.manifest.model_copy(update=update), head + data
+
+
+def decode(artifact: Artifact, manifest: Manifest, pack: bytes) -> None:
+    with TemporaryDirectory() as place:
+        (Path(place) / "p").write_bytes(pack)
+        (Path(place) / "out").mkdir()
+        decode_pack(manifest, Path(place) / "p", Path(place) / "out", base=artifact.base)
+
+
+def test_untouched_artifact_decodes(artifact: Artifact) -> None:
+    decode(artifact, artifact.manifest, artifact.pack)
+    decode(artifact, *resign(artifact, artifact.index, artifact.data))
+    assert set(artifact.manifest.operations) == {"f", "c", "d"} or set(artifact.manifest.operations) == {"c", "d"}
+
+
+def test_artifact_cut_at_every_byte_is_refused(artifact: Artifact) -> None:
+    with TemporaryDirectory() as place:
+        pack, out = Path(place) / "p", Path(place) / "out"
+        pack.write_bytes(artifact.pack)
+        for size in range(len(artifact.pack) - 1, -1, -1):
+            os.truncate(pack, size)
+            out.mkdir()
+            with pytest.raises(ArtifactError):
+                decode_pack(artifact.manifest, pack, out, base=artifact.base, threads=1)
+            shutil.rmtree(out)
+
+
+def test_sections_cut_at_every_byte_and_signed_are_refused(artifact: Artifact) -> None:
+    """The last section is shortened byte by byte, with an index that agrees."""
+    index, data = artifact.index, artifact.data
+    for size in range(1, index.sections[-1].coded_size):
+        cut = data[: len(data) - size]
+        last = resized(index.sections[-1], index.sections[-1].coded_size - size)
+        with pytest.raises(ArtifactError):
+            decode(artifact, *resign(artifact, Index((), (*index.sections[:-1], last)), cut))
+
+
+def resized(section: Section, coded_size: int) -> Section:
+    return Section(section.stream, section.plane, section.codec, section.raw_size, coded_size, section.crc32)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_mutated_bytes_anywhere_are_refused(artifact: Artifact, draw: st.DataObject) -> None:
+    spoiled = bytearray(artifact.pack)
+    position = draw.draw(st.integers(0, len(spoiled) - 1))
+    spoiled[position] ^= draw.draw(st.integers(1, 255))
+    with pytest.raises(ArtifactError):
+        decode(artifact, artifact.manifest, bytes(spoiled))
+
+
+SECTIONS = st.builds(
+    Section,
+    stream=st.integers(0, 9),
+    plane=st.integers(0, 4),
+    codec=st.sampled_from(list(SectionCodec)),
+    raw_size=st.sampled_from([1, 299, 300, 301, 3000, 1 << 20]),
+    coded_size=st.integers(1, 400),
+    crc32=st.integers(0, 2**32 - 1),
+)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_signed_section_table_that_lies_is_refused(artifact: Artifact, draw: st.DataObject) -> None:
+    table = list(artifact.index.sections)
+    for _ in range(draw.draw(st.integers(1, 3))):
+        row = draw.draw(st.integers(0, len(table) - 1))
+        match draw.draw(st.sampled_from(["replace", "drop", "repeat"])):
+            case "replace":
+                table[row] = draw.draw(SECTIONS)
+            case "drop" if len(table) > 1:
+                del table[row]
+            case _:
+                table.insert(row, table[row])
+    if tuple(table) == artifact.index.sections:
+        return
+    data = artifact.data.ljust(sum(section.coded_size for section in table), b"\0")
+    data = data[: sum(section.coded_size for section in table)]
+    with pytest.raises(ArtifactError):
+        decode(artifact, *resign(artifact, Index((), tuple(table)), data))
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_signed_section_of_other_bytes_is_refused(artifact: Artifact, draw: st.DataObject) -> None:
+    """Bytes of a section change, under any codec's name; the CRC of what was meant stays."""
+    table, data = list(artifact.index.sections), bytearray(artifact.data)
+    row = draw.draw(st.integers(0, len(table) - 1))
+    start = sum(section.coded_size for section in table[:row])
+    data[start + draw.draw(st.integers(0, table[row].coded_size - 1))] ^= draw.draw(st.integers(1, 255))
+    codec = draw.draw(st.sampled_from(list(SectionCodec)))
+    old = table[row]
+    table[row] = Section(old.stream, old.plane, codec, old.raw_size, old.coded_size, old.crc32)
+    try:
+        decode(artifact, *resign(artifact, Index((), tuple(table)), bytes(data)))
+    except ArtifactError:
+        return
+    # A bit that no decoder reads (padding) may change and the same bytes come out: that is no harm.
+
+
+def bombs() -> Iterator[tuple[str, SectionCodec, bytes, int]]:
+    """Sections that claim or cause as much as they can: (name, codec, coded bytes, decoded size in the index)."""
+    mebibyte = 1 << 20
+    full = bytes([0xFF]) * (mebibyte - 64)
+    yield "header that claims exabytes", SectionCodec.HUFFMAN, bytes.fromhex("28b52ffde06c06060663636363"), mebibyte
+    yield "rice of ones", SectionCodec.RICE, bytes.fromhex("0400000000000800ffffffff") + full, mebibyte
+    yield "rice of most events", SectionCodec.RICE, bytes.fromhex("04140014000008000000 0800") + full, mebibyte
+    yield "rice of wide palette", SectionCodec.RICE, bytes.fromhex("0814041400000400 00000400") + full, mebibyte
+    yield "ans of many lanes", SectionCodec.ANS, bytes([12, 0, 0, 0]) + full, mebibyte
+    yield "ans of one lane", SectionCodec.ANS, bytes([0, 0, 0, 0]) + full, mebibyte
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "coded", "raw_size"), list(bombs()), ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_section_bomb_is_refused_within_bounded_memory(
+    tmp_path: Path, name: str, codec: SectionCodec, coded: bytes, raw_size: int
+) -> None:
+    version = make_version(tmp_path / "v", weights=raw_size * 2, floats=2)
+    encoded = encode_pack(version, tmp_path / "v", tmp_path / "p")
+    good = Artifact(make_manifest(version, encoded), (tmp_path / "p").read_bytes(), tmp_path / "v")
+    first = good.index.sections[0]
+    assert first.raw_size == raw_size
+    bomb = Section(0, 0, codec, raw_size, len(coded), first.crc32)
+    manifest, pack = resign(good, Index((), (bomb, *good.index.sections[1:])), coded + good.data[first.coded_size :])
+    (tmp_path / "bomb").write_bytes(pack)
+    (tmp_path / "out").mkdir()
+    assert in_child(lambda: decode_pack(manifest, tmp_path / "bomb", tmp_path / "out", threads=1)) == "ArtifactError"
+
+
+def test_decoding_stays_within_bounded_memory(tmp_path: Path) -> None:
+    """A delta of 4 MiB decodes under the same limit that the bombs are held to: the limit is not what stops them."""
+    base = make_version(tmp_path / "base", weights=8 << 20)
+    version = make_version(tmp_path / "v", weights=8 << 20, changed=0.05)
+    encoded = encode_pack(version, tmp_path / "v", tmp_path / "p", base=(base, tmp_path / "base"))
+    manifest = make_manifest(version, encoded, base.decoded_digest())
+    (tmp_path / "out").mkdir()
+    assert in_child(lambda: decode_pack(manifest, tmp_path / "p", tmp_path / "out", base=tmp_path / "base")) == ""
+    assert read_version(tmp_path / "out") == version
+
+
+def in_child(work: Callable[[], None]) -> str:
+    """Run `work` in a child that may map HEADROOM_BYTES more than it has; the name of what it raised, or ''."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + HEADROOM_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        answer = ""
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001  # the parent judges
+            answer = type(error).__name__
+        os.write(writer, answer.encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        answer = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return answer if status == 0 else f"exit status {status}"

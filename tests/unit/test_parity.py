@@ -22,7 +22,7 @@ CHECKPOINTS = {
 FLOAT_TOLERANCE = 2e-3
 """Largest difference of logits whose standard deviation is about 3: float32 sums in another order."""
 INT8_TOLERANCE = 0.05
-"""RMS difference as a share of the deviation that int8 activations (accuracy_level 4) may cost; 0.006 was seen on x86."""
+"""RMS difference, as a share of the deviation, that int8 activations may cost; 0.006 was seen on x86."""
 
 
 def fixture_cases() -> list[tuple[str, np.ndarray, np.ndarray]]:

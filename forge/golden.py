@@ -1,8 +1,8 @@
 """Making golden vectors: prompts whose reference logits notice a wrong layer.
 
 A row's error is the RMS difference of the chosen columns divided by the standard deviation of the whole reference row.
-Int8 activations cost a right int4 model 1 to 6 % on x86 and Arm kernels; a shuffled layer costs 50 % and more, so the
-tolerance between them needs no tuning per model; it is widened only when this very model needs more.
+Int8 activations cost the int4 sample 0.4 to 0.8 % on x86; shuffling the nibbles of its least telling tensor costs 18 %.
+The tolerance lies between them and is widened only when this very model needs more on the machine that makes it.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from forge.reference import Judge
 from wire.documents import encode_document
 from wire.golden import GOLDEN_FILE, GoldenSet, GoldenVector
 
-TOLERANCE = 0.2
+TOLERANCE = 0.1
 MARGIN = 3.0
 TOP_COLUMNS = 48
 RANDOM_COLUMNS = 208

@@ -127,6 +127,7 @@ class Fleet:
                 passed.add(frame)
                 self.sent.append((want.artifact, frame))
                 payload = FrameMessage(7, self._seq, frame, made.frame(frame)).encode()
+                self._link.wait_outgoing_below(1 << 20, 10)
                 self._link.publish(self.topics.frames(want.artifact), payload)
 
 

@@ -11,7 +11,7 @@ from agent.lifecycle import Outcome
 from agent.reporting import Progress
 from agent.stage import Stage
 from agent.transfer import Transfer, recheck_pack
-from host.link import LinkDown, LinkUp, Received
+from host.link import LinkUp, Received
 from wire.bitmap import Bitmap
 from wire.digest import verify_digest
 from wire.documents import parse_document
@@ -146,8 +146,9 @@ class Fetching(Stage):
                 self._finish(transfer)
             else:
                 transfer.tick()
-        elif isinstance(message, LinkUp | LinkDown):
-            transfer.link_changed()
+        elif isinstance(message, LinkUp):
+            transfer.link_up()
+            transfer.tick()
 
     def tick(self) -> None:
         if self._transfer is not None:

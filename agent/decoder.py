@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from host.files import read_bounded
+from host.files import read_bounded, sync_files
 from wire.documents import DOCUMENT_LIMIT_BYTES, parse_document
 from wire.errors import AmperageError, Code, StoreError
 from wire.manifest import Manifest
@@ -54,6 +54,7 @@ def _decode(options: argparse.Namespace) -> None:
         raise StoreError(Code.CORRUPT, f"{options.manifest} is missing; order the release again") from error
     manifest = parse_document(Manifest, document, code=Code.BAD_MANIFEST)
     decode_pack(manifest, options.pack, options.into, base=options.base, threads=options.threads)
+    sync_files(options.into)  # here, where waiting for the disk holds up nobody; the engine commits
 
 
 def _answer(body: dict[str, str]) -> None:

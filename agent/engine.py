@@ -62,9 +62,9 @@ class Engine:
         ports.reporter.attach(ports.control)
         for topic in (ports.topics.desired(ports.settings.node), ports.topics.ack(ports.settings.node)):
             ports.control.subscribe(topic, qos=1)
-        for row in rows:
-            if not is_end(row.state) and self._runner is None:
-                self._runner = Runner.resume(ports, row)
+        unfinished = next((row for row in rows if not is_end(row.state)), None)
+        if unfinished is not None:
+            self._runner = Runner.resume(ports, unfinished)
         self._reconcile()
         ports.control.start()
         notify.notify_ready("waiting for orders")
@@ -169,6 +169,10 @@ class Engine:
         served = {entry.model: entry for entry in self._ports.store.serving().models}
         for model in sorted((rows.keys() | served.keys()) - wanted.keys()):
             self._unload(model)
+        unfinished = next((row for row in rows.values() if row.model in wanted and not is_end(row.state)), None)
+        if unfinished is not None:
+            self._runner = Runner.resume(self._ports, unfinished)
+            return
         for entry in desired.models:
             if needs_work(entry, desired.generation, rows.get(entry.model), served.get(entry.model)):
                 self._runner = Runner.begin(self._ports, entry.model, entry.release, desired.generation)

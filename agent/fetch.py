@@ -158,9 +158,10 @@ class Fetch:
         """Flush and journal row are done."""
         self._unjournalled_bytes = 0
 
-    def forget_asking(self) -> None:
-        """The link is new: what was asked before is void."""
+    def begin_session(self) -> None:
+        """The link is new: what was asked is void, what was on its way is lost, nothing of this session was seen."""
         self._asked = None
+        self._seen = (0, 0)
 
     def want(self, now_s: float) -> Want | None:
         """The want to publish now, or None when the last one still holds."""

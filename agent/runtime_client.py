@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 from pydantic import BaseModel
 
 from wire.documents import encode_document, parse_document
-from wire.errors import ArtifactError, Code, DeployError, TransferError
+from wire.errors import AmperageError, ArtifactError, Code, DeployError, TransferError
 from wire.serving import ProbeReport, ProbeRequest, RuntimeStats
 
 ANSWER_LIMIT_BYTES = 1 << 20
@@ -107,10 +107,12 @@ def _parse(model: type[Answer], data: bytes) -> Answer:
         raise DeployError(Code.INTERNAL, f"runtime answered something else than {model.__name__}: {error}") from error
 
 
-def _refusal(status: int, path: str, data: bytes) -> DeployError:
+def _refusal(status: int, path: str, data: bytes) -> AmperageError:
+    """503 means not now (starting, or busy with another probe); everything else is a verdict."""
     try:
         body = json.loads(data)
         message, code = str(body["error"]), Code(body["code"])
     except (ValueError, KeyError, TypeError):
         message, code = f"HTTP status {status} for {path}", Code.LOAD_FAILED
-    return DeployError(code, message[:1000])
+    busy = status == http.HTTPStatus.SERVICE_UNAVAILABLE
+    return TransferError(code, message[:1000]) if busy else DeployError(code, message[:1000])

@@ -85,9 +85,9 @@ class Transfer:
         link.subscribe(topics.frames(self.artifact), qos=0)
         link.start()
 
-    def link_changed(self) -> None:
-        """The bulk link went up or down: ask anew."""
-        self.fetch.forget_asking()
+    def link_up(self) -> None:
+        """The bulk link is new: ask anew."""
+        self.fetch.begin_session()
 
     def take(self, message: Received) -> None:
         """Judge a message of the frames topic, and write, flush and journal as due."""

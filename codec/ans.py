@@ -103,12 +103,12 @@ class _Decoder:
         return self._used
 
     def _step(self, states: Words, out: Bytes) -> None:
-        slots = states & np.uint32((1 << PRECISION) - 1)
-        np.take(self._value, slots, out=out, mode="clip")
-        np.right_shift(states, np.uint32(PRECISION), out=states)
-        np.multiply(states, self._frequency[slots], out=states)
-        np.add(states, self._distance[slots], out=states)
-        low = np.flatnonzero(states < LOW)
+        slots = (states & np.uint32((1 << PRECISION) - 1)).astype(np.intp)
+        self._value.take(slots, out=out, mode="clip")
+        states >>= np.uint32(PRECISION)
+        states *= self._frequency.take(slots)
+        states += self._distance.take(slots)
+        low = (states < LOW).nonzero()[0]
         if low.size == 0:
             return
         words = self._words[self._used : self._used + low.size]

@@ -23,9 +23,9 @@ LEVELS = (1, 19)
 _local = threading.local()
 
 
-def encode_huffman(plane: bytes | memoryview) -> bytes:
+def encode_huffman(plane: bytes | memoryview, levels: tuple[int, ...] = LEVELS) -> bytes:
     """The smallest frame over the levels, the first of equals; deterministic for one zstd version."""
-    return min((_compressor(level).compress(plane) for level in LEVELS), key=len)
+    return min((_compressor(level).compress(plane) for level in levels), key=len)
 
 
 def decode_huffman_into(coded: bytes, out: Bytes) -> None:

@@ -82,6 +82,14 @@ def seal_directory(directory: Path) -> None:
         _sync_directory(directory)
 
 
+def sync_files(directory: Path) -> None:
+    """Flush every plain file below `directory`, so that a later commit_directory has little left to wait for."""
+    with _wrapped(directory):
+        for entry in _walk(directory):
+            if entry.is_file(follow_symlinks=False):
+                _sync_path(entry.path, os.O_RDONLY)
+
+
 def move_file(source: Path, target: Path) -> None:
     """Rename a file durably within one directory, replacing `target`."""
     with _wrapped(source):

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
 from agent_simulators import MODEL, NODE, Made, Publisher, SimulatedRuntime
 
 from agent.store import Store
-from host.link import Broker, Received
+from fleet.broker import PrivateBroker
+from host.link import Broker, LinkUp, Received
 from host.mqtt import Connection
 from wire.bitmap import Bitmap
 from wire.digest import digest_of
@@ -92,7 +93,9 @@ class Fleet:
                 message = self._inbox.get(timeout=0.1)
             except queue.Empty:
                 continue
-            if isinstance(message, Received):
+            if isinstance(message, LinkUp):
+                self.forget_pass()
+            elif isinstance(message, Received):
                 self._take(message)
                 message.ack()
 
@@ -127,6 +130,7 @@ class Fleet:
                 passed.add(frame)
                 self.sent.append((want.artifact, frame))
                 payload = FrameMessage(7, self._seq, frame, made.frame(frame)).encode()
+                self._link.wait_outgoing_below(1 << 20, 10)
                 self._link.publish(self.topics.frames(want.artifact), payload)
 
 
@@ -298,6 +302,32 @@ def test_agent_killed_mid_fetch_resumes_without_a_verified_frame(fleet, new_agen
     wait(lambda: State.COMMITTED in fleet.states(made))
     assert sorted(frame for _, frame in fleet.sent[mark:]) == list(verified.complement())
     assert agent.store.served(MODEL).decoded == made.decoded
+
+
+def test_broker_that_restarts_mid_fetch_costs_no_verified_frame(tmp_path, topics, publisher):
+    with PrivateBroker(tmp_path / "broker") as own:
+        settings = Broker(host=own.host, port=own.port, reconnect_max_s=0.25)
+        node = tmp_path / "node"
+        node.mkdir()
+        with Fleet(settings, topics) as fleet:
+            agent = Agent(node, settings, topics, publisher, "bandwidth_limit_bytes_per_s = 2500000")
+            try:
+                agent.start()
+                made = publisher.make("1.0", weights_bytes=6_000_000)
+                fleet.offer(made)
+                fleet.order(1, publisher, made)
+                wait(lambda: len(agent.journalled(made) or ()) >= 8)
+                own.stop()
+                verified = agent.journalled(made)
+                again = PrivateBroker(tmp_path / "again", own.port)
+                mark = len(fleet.sent)
+                with again:
+                    wait(lambda: State.COMMITTED in fleet.states(made), 40)
+                    assert [frame for _, frame in fleet.sent[mark:] if frame in verified] == []
+                    assert agent.store.served(MODEL).decoded == made.decoded
+                    agent.close()
+            finally:
+                agent.kill()
 
 
 def test_agent_that_ends_orderly_says_offline_and_leaves_by_status_0(fleet, new_agent):

@@ -55,7 +55,7 @@ def test_whatever_arrives_only_right_frames_count_and_the_want_heals(history):
         deliver(frame, seq, epoch, data)
         assert set(fetch.verified) == right
     for _ in range(2):  # the index, then the rest
-        fetch.forget_asking()
+        fetch.begin_session()
         for frame in list(fetch.want(0.0).missing_frames()):
             assert frame not in right
             deliver(frame, 1, 9, MADE.frame(frame))

@@ -100,11 +100,19 @@ def test_damaged_ans_section_ends_in_artifact_error_or_other_bytes(data: bytes, 
             decode_ans_into(spoiled, filled(len(data)))
 
 
-def test_ans_section_with_words_left_over_is_refused() -> None:
-    coded = encode_ans(array(bytes(range(100))))
-    for longer in (coded + bytes(2), coded + bytes(1)):
+def test_ans_section_of_another_length_is_refused() -> None:
+    coded = encode_ans(array(bytes(range(200)) * 40))
+    for spoiled in (coded + bytes(2), coded + bytes(1), *(coded[:size] for size in range(len(coded)))):
         with pytest.raises(ArtifactError):
-            decode_ans_into(longer, filled(100))
+            decode_ans_into(spoiled, filled(8000))
+
+
+def test_rice_section_cut_anywhere_is_refused() -> None:
+    coded = encode_rice(array((bytes(20) + b"\1" + bytes(9) + b"\xf7") * 40), 4)
+    assert coded is not None
+    for spoiled in (coded + b"\1", coded + bytes(1), *(coded[:size] for size in range(len(coded)))):
+        with pytest.raises(ArtifactError):
+            decode_rice_into(spoiled, filled(31 * 40))
 
 
 @given(st.one_of(PLANES, SPARSE), st.sampled_from([None, 4, 8]))

@@ -16,6 +16,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from agent import engine
 from agent.decoding import DecodeOrder
 from agent.deployment import Ports
 from agent.engine import Engine
@@ -65,6 +66,7 @@ from wire.signing import (
 )
 from wire.topics import Topics
 
+engine.IDLE_TURN_S = 0.02  # a simulated link rings nobody's bell
 NODE = "node-1"
 MODEL = "tales"
 TOPICS = Topics()

@@ -183,10 +183,16 @@ def test_refusal_carries_the_runtimes_code_and_words(client, stub):
 
 @pytest.mark.parametrize("body", [b"oops", b"{}", b'{"error": "x", "code": "unheard_of"}', b"[]"])
 def test_refusal_without_a_known_code_is_load_failed(client, stub, body):
-    stub.status, stub.body = 503, body
-    with pytest.raises(DeployError, match="503") as caught:
+    stub.status, stub.body = 500, body
+    with pytest.raises(DeployError, match="500") as caught:
         client.unload("tales")
     assert caught.value.code is Code.LOAD_FAILED
+
+
+def test_runtime_that_is_busy_may_be_asked_again(client, stub):
+    stub.status, stub.body = 503, b'{"error": "another probe runs", "code": "overloaded"}'
+    with pytest.raises(TransferError, match="another probe runs"):
+        client.probe("tales", ProbeRequest(candidate="a" * 64))
 
 
 @pytest.mark.parametrize("body", [b"x", b"{}", b" " * (ANSWER_LIMIT_BYTES + 1)])

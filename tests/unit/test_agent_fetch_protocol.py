@@ -85,8 +85,10 @@ def test_want_on_a_new_link_is_published_at_once(made):
     fetch = new_fetch(made)
     fetch.want(0.0)
     assert fetch.want(0.1) is None
-    fetch.forget_asking()
-    assert fetch.want(0.1) is not None
+    take(fetch, made, 0, 4)
+    fetch.begin_session()
+    want = fetch.want(0.1)
+    assert (want.seen_epoch, want.seen_seq) == (0, 0)
 
 
 def test_restarted_depot_begins_a_new_epoch(made):

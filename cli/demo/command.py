@@ -21,6 +21,9 @@ from host.mqtt import Broker
 from wire.messages import Event, Reported
 from wire.topics import Topics
 
+WIDTH = 116
+"""Columns of the output where no terminal sets them."""
+
 STEPS = (
     main_steps.forge_release,
     main_steps.first_rollout,
@@ -45,7 +48,9 @@ def demo(
 ) -> None:
     """Forge a model, roll it out to three nodes, talk to it, update it, kill a node, and refuse a bad release."""
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    console = Console(record=picture is not None, width=112 if picture else None)
+    console = Console()
+    if picture is not None or not console.is_terminal:
+        console = Console(record=picture is not None, width=WIDTH)
     started_s = time.monotonic()
     directory = Path(tempfile.mkdtemp(prefix="amperage-"))  # short: a Unix socket's path may have 107 bytes
     facts = Facts(expected_steps=len(STEPS))
@@ -81,7 +86,9 @@ def _set_stage(directory: Path, samples: Path, display: Display, facts: Facts, b
     topics = Topics()
 
     def on_event(event: Event) -> None:
-        display.lifecycle(event.node, event.version, event.after, event.detail or event.reason or "")
+        display.lifecycle(
+            event.node, event.version or f"{event.release[:5]}…", event.after, event.detail or event.reason or ""
+        )
 
     def on_reported(reported: Reported) -> None:
         for model in reported.models:

@@ -73,7 +73,7 @@ def _shown(value: float | None, unit: str, scale: float = 1.0, digits: int = 1) 
 
 
 def _health_table(latest: dict[str, dict[str, Any]]) -> Table:
-    titles = ("node", "CPU", "memory free", "pressure", "temperature", "disk free", "link in", "restarts", "agent PSS")
+    titles = ("node", "CPU", "free RAM", "pressure", "temp", "free disk", "link in", "restarts", "agent PSS")
     table = Table(*titles, title="Health (latest window)")
     for node, window in latest.items():
         health = window["health"]

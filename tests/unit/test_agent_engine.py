@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from agent_simulators import MODEL, NODE, TOPICS, Node, Publisher, sign
 
+from agent.lifecycle import BOUNDS
 from wire.digest import digest_of
 from wire.documents import encode_document
 from wire.errors import ArtifactError, Code
@@ -338,6 +339,66 @@ def test_status_says_online_with_its_session_and_offline_at_an_orderly_end(node)
     assert (first.online, first.session, first.boot_id) == (True, 1, node.journal.boot_id)
     node.engine.finish()
     assert Status.model_validate_json(node.broker.retained[topic]).online is False
+
+
+def test_order_that_changes_in_the_soak_puts_the_old_version_back_first(tmp_path, publisher):
+    node = Node(tmp_path, publisher, soak_s=30.0)
+    node.start()
+    first = deploy(node, "1.0", 1)
+    node.run_until(lambda: node.row.state is State.SOAKING)
+    node.order(2, second := publisher.make("2.0"))
+    node.broker.offer(second)
+    node.run_until(lambda: node.row.release == second.digest and node.row.state is State.SOAKING)
+    node.turn()
+    ends = [(event.release, event.after, event.reason) for event in node.events() if event.reason]
+    assert ends == [(first.digest, State.ROLLED_BACK, Code.SUPERSEDED)]
+    assert node.runtime.unloads == [MODEL]
+    assert node.store.served(MODEL).decoded == second.decoded
+
+
+def test_roll_back_that_was_decided_is_finished_by_the_next_start(node):
+    old = deploy(node, "1.0", 1)
+    node.run_until(ended(node, old))
+    bad = node.publisher.make("2.0")
+    node.runtime.refuses.add(bad.decoded)
+    real = node.runtime.load
+    node.runtime.load = lambda model: real(model) if node.row.reason is None else node.runtime._reach()
+    deploy(node, "2.0", 2)
+    node.run_until(lambda: node.row.reason is not None)
+    assert node.row.state is State.ACTIVATING
+    node.boot()
+    node.start()
+    node.run_until(ended(node, bad))
+    assert (node.row.state, node.row.reason) == (State.ROLLED_BACK, Code.LOAD_FAILED)
+    assert node.store.served(MODEL).decoded == old.decoded
+    assert node.runtime.loads == [old.decoded]
+
+
+def test_state_that_crashes_the_agent_again_and_again_fails(node):
+    node.runtime.reachable = False
+    made = deploy(node, "1.0", 1)
+    node.run_until(lambda: node.row.state is State.PROBING)
+    for _ in range(BOUNDS[State.PROBING].attempts):
+        node.boot()
+        node.runtime.reachable = False
+        node.start()
+    node.turn()
+    assert (node.row.release, node.row.state) == (made.digest, State.FAILED)
+    assert node.row.reason == Code.ATTEMPTS_EXHAUSTED
+
+
+def test_second_failed_order_is_tried_again_only_by_a_newer_generation(node):
+    bad = node.publisher.make("1.0")
+    node.runtime.verdicts[bad.decoded] = ProbeVerdict.CRASHED
+    deploy(node, "1.0", 1)
+    node.run_until(ended(node, bad))
+    node.runtime.verdicts.clear()
+    node.order(1, bad)
+    node.run_until(lambda: node.control.acked.count(TOPICS.desired(NODE)) == 2)
+    node.turn()
+    assert (node.row.state, node.row.reason) == (State.FAILED, Code.PROBE_CRASHED)
+    node.order(2, bad)
+    node.run_until(lambda: node.row.state is State.COMMITTED)
 
 
 def test_serving_json_that_is_damaged_is_put_aside_and_the_order_activated_anew(node):

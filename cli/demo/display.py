@@ -66,7 +66,7 @@ class Display:
 
     def say(self, markup: str) -> None:
         """Print one line above the live part."""
-        self.console.print(markup, highlight=False, soft_wrap=not self.console.is_terminal)
+        self.console.print(markup, highlight=False, soft_wrap=not self.console.is_terminal and not self.console.record)
 
     def show(self, renderable: RenderableType) -> None:
         """Print a table or panel above the live part."""
@@ -76,7 +76,7 @@ class Display:
         """A node's release moved to `state`."""
         colour = {"committed": "green", "failed": "red", "rolled_back": "red"}.get(state, "cyan")
         line = Text.assemble(
-            ("  ", ""), (f"{node:<8}", "bold"), (f"{version:<6}", ""), (f"{state:<12}", colour), detail[:80]
+            ("  ", ""), (f"{node:<8}", "bold"), (f"{version:<7}", ""), (f"{state:<12}", colour), detail[:80]
         )
         with self._lock:
             self._lifecycle.append(line)

@@ -40,6 +40,7 @@ class Observer:
     frames: list[SeenFrame] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     reported: dict[str, Reported] = field(default_factory=dict)
+    _seen_events: set[tuple[str, str, int]] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _connection: Connection | None = None
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -95,6 +96,16 @@ class Observer:
                 self._take(message)
                 message.ack()
 
+    def _take_event(self, event: Event) -> None:
+        """An event that is not acknowledged in time comes again: (node, boot_id, seq) tells."""
+        key = (event.node, event.boot_id, event.seq)
+        with self._lock:
+            if key in self._seen_events:
+                return
+            self._seen_events.add(key)
+            self.events.append(event)
+        self.on_event(event)
+
     def _take(self, message: Received) -> None:
         artifact = message.topic.removeprefix(self.topics.frames(""))
         try:
@@ -103,10 +114,7 @@ class Observer:
                 with self._lock:
                     self.frames.append(SeenFrame(artifact, parsed.epoch, parsed.seq, parsed.frame, len(parsed.data)))
             elif message.topic.endswith("/event"):
-                event = parse_document(Event, message.payload)
-                with self._lock:
-                    self.events.append(event)
-                self.on_event(event)
+                self._take_event(parse_document(Event, message.payload))
             elif message.topic.endswith("/reported"):
                 reported = parse_document(Reported, message.payload)
                 with self._lock:

@@ -83,6 +83,16 @@ def test_service_survives_what_it_must_and_stops_at_unusable_settings(name: str)
     assert "ORT_DISABLE_TELEMETRY=1" in service["Environment"].split()
 
 
+@pytest.mark.parametrize("program", ["agent", "runtime"])
+def test_service_that_must_notify_does(program: str) -> None:
+    service = read_unit(f"amperage-{program}.service")["Service"]
+    code = "".join(path.read_text() for path in (UNITS.parent / program).glob("*.py"))
+    assert service["Type"] == "notify"
+    assert "notify_ready(" in code
+    assert "WatchdogSec" in service
+    assert "notify_watchdog(" in code
+
+
 def test_runtime_reaches_no_network_and_may_pin_its_threads() -> None:
     service = read_unit("amperage-runtime.service")["Service"]
     assert service["PrivateNetwork"] == "yes"

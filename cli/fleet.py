@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.fleet_client import FleetClient
+from wire.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-DEFAULT_SOCKET = Path("/run/amperage/fleet.sock")
-Api = Annotated[Path, typer.Option("--api", help="Socket of the control plane.")]
+SETTINGS = Path("/etc/amperage/fleet.toml")
+DEFAULT_SOCKET = Path("/run/amperage-fleet/api.sock")
+Api = Annotated[Path, typer.Option("--api", envvar="AMPERAGE_API", help="Socket of the control plane.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 POLL_S = 0.5
 
@@ -26,14 +28,21 @@ def _fleet() -> None:
 
 
 @app.command()
-def serve(settings: Annotated[Path, typer.Option(help="fleet.toml")] = Path("/etc/amperage/fleet.toml")) -> None:
+def serve(
+    settings: Annotated[Path | None, typer.Option(help=f"Settings; {SETTINGS} when it exists.")] = None,
+    directory: Annotated[
+        Path | None, typer.Option(help="Instead of settings: keep everything here, with a private broker.")
+    ] = None,
+) -> None:
     """Run the control plane until SIGTERM."""
     from fleet.service import serve as run
-    from fleet.settings import FleetSettings
+    from fleet.settings import FleetSettings, settings_in
     from host.logs import configure_logs
     from host.settings import load_settings
 
-    chosen = load_settings(FleetSettings, settings)
+    if settings and directory:
+        raise ConfigError("give either --settings or --directory")
+    chosen = settings_in(directory.resolve()) if directory else load_settings(FleetSettings, settings or SETTINGS)
     configure_logs(chosen.log_level, process="fleet")
     run(chosen)
 

@@ -1,91 +1,108 @@
-"""REST on a Unix socket: what the operator's command and a dashboard talk to."""
+"""REST on a Unix socket: what the operator's command and a dashboard talk to.
+
+Invariant: a body is bounded before it is parsed and a pack is never held in memory; disk and database are touched in
+worker threads only, so the loop that serves everybody never waits. Errors are `{"error": sentence, "code": code}`.
+"""
 
 from typing import Annotated, Any
 
 from pydantic import Field
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fleet.controller import Controller
 from fleet.database import Database
-from fleet.library import Library
+from fleet.depot import Depot
+from fleet.library import Library, PackUpload
 from fleet.rollout import Rollout
+from host.link import Broker
 from wire.digest import Digest
 from wire.documents import DOCUMENT_LIMIT_BYTES, Command, parse_document
-from wire.errors import AmperageError, ArtifactError, Code, ConfigError
+from wire.errors import AmperageError, ArtifactError, Code, ConfigError, DeployError, StoreError, TransferError
 from wire.manifest import Name
 
-LIST_LIMIT = 100_000
+LIST_LIMIT = 5000
+"""Reports per answer: at about 2 KB each well below what a client takes (host/unix_http.py)."""
+ORDER_LIMIT_BYTES = 8 * 1024 * 1024
+UPLOAD_PART_BYTES = 1024 * 1024
 
 
 class RolloutOrder(Command):
     """Body of `POST /api/rollouts`; `nodes` "all" means every node that is known now."""
 
     release: Digest
-    nodes: tuple[Name, ...] | Annotated[str, Field(pattern="^all$")]
+    nodes: Annotated[tuple[Name, ...], Field(min_length=1, max_length=100_000)] | Annotated[str, Field(pattern="^all$")]
     max_failures: Annotated[int, Field(ge=0)] = 0
-    deadline_s: Annotated[float | None, Field(gt=0)] = None
+    deadline_s: Annotated[float | None, Field(gt=0, le=30 * 86_400)] = None
 
 
-def fleet_app(controller: Controller, database: Database, library: Library) -> Starlette:
+def fleet_app(controller: Controller, depot: Depot, database: Database, library: Library, broker: Broker) -> Starlette:
     """The application."""
-    api = _Api(controller, database, library)
+    state, releases = _State(controller, depot, database, broker), _Releases(controller, database, library)
+    rollouts = _Rollouts(controller, database)
+    handlers = dict.fromkeys((ConfigError, ArtifactError, DeployError, StoreError, TransferError), _answer_error)
     return Starlette(
         routes=[
-            Route("/api/health", api.health),
-            Route("/api/documents/{digest}", api.put_document, methods=["PUT"]),
-            Route("/api/packs/{digest}", api.put_pack, methods=["PUT"]),
-            Route("/api/releases", api.releases),
-            Route("/api/releases", api.add_release, methods=["POST"]),
-            Route("/api/nodes", api.nodes),
-            Route("/api/nodes/{node}", api.node),
-            Route("/api/events", api.events),
-            Route("/api/telemetry", api.telemetry),
-            Route("/api/rollouts", api.rollouts),
-            Route("/api/rollouts", api.start_rollout, methods=["POST"]),
-            Route("/api/rollouts/{id:int}", api.rollout),
-            Route("/api/rollouts/{id:int}/abort", api.abort, methods=["POST"]),
+            Route("/api/health", state.health),
+            Route("/api/nodes", state.nodes),
+            Route("/api/nodes/{node}", state.node),
+            Route("/api/events", state.events),
+            Route("/api/telemetry", state.telemetry),
+            Route("/api/documents/{digest}", releases.put_manifest, methods=["PUT"]),
+            Route("/api/packs/{digest}", releases.put_pack, methods=["PUT"]),
+            Route("/api/releases", releases.everything),
+            Route("/api/releases", releases.add, methods=["POST"]),
+            Route("/api/rollouts", rollouts.everything),
+            Route("/api/rollouts", rollouts.start, methods=["POST"]),
+            Route("/api/rollouts/{id:int}", rollouts.one),
+            Route("/api/rollouts/{id:int}/abort", rollouts.abort, methods=["POST"]),
         ],
-        exception_handlers={ConfigError: _answer_error, ArtifactError: _answer_error},
+        exception_handlers={**handlers, ClientDisconnect: _forget_client},
     )
 
 
 async def _answer_error(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, AmperageError)  # noqa: S101  starlette routes by this very type
-    status = 404 if isinstance(error, ConfigError) else 422
-    return JSONResponse({"error": error.message, "code": str(error.code)}, status)
+    if not isinstance(error, AmperageError):
+        raise error
+    return JSONResponse({"error": error.message, "code": str(error.code)}, _status_of(error))
 
 
-class _Api:
-    def __init__(self, controller: Controller, database: Database, library: Library) -> None:
+async def _forget_client(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=400)  # nobody reads it: the client went away in the middle of its body
+
+
+def _status_of(error: AmperageError) -> int:
+    if error.code is Code.DOCUMENT_MISSING:
+        return 404
+    if isinstance(error, DeployError):
+        return 409
+    if isinstance(error, StoreError):
+        return 507
+    if isinstance(error, TransferError):
+        return 503
+    return 422 if isinstance(error, ArtifactError) else 400
+
+
+class _State:
+    def __init__(self, controller: Controller, depot: Depot, database: Database, broker: Broker) -> None:
         self._controller = controller
+        self._depot = depot
         self._database = database
-        self._library = library
+        self._broker = broker
 
     async def health(self, _request: Request) -> Response:
-        return JSONResponse({"status": "ok", "reports_refused": self._controller.refused})
-
-    async def put_document(self, request: Request) -> Response:
-        digest = _digest(request)
-        body = await _bounded_body(request)
-        await run_in_threadpool(self._library.put_document, digest, body)
-        return JSONResponse({"document": digest})
-
-    async def put_pack(self, request: Request) -> Response:
-        digest = _digest(request)
-        await self._library.put_pack(digest, request.stream())
-        return JSONResponse({"pack": digest})
-
-    async def add_release(self, request: Request) -> Response:
-        body = await _bounded_body(request)
-        digest, release = await run_in_threadpool(self._controller.add_release, body)
-        return JSONResponse({"release": digest, "model": release.model, "version": release.version})
-
-    async def releases(self, _request: Request) -> Response:
-        return JSONResponse(await run_in_threadpool(self._database.releases))
+        return JSONResponse(
+            {
+                "status": "ok" if self._controller.is_up() else "no_broker",
+                "broker": {"host": self._broker.host, "port": self._broker.port},
+                "reports_refused": self._controller.ingest.refusals.count,
+                "wants_refused": self._depot.refusals.count,
+                "frames_published": self._depot.published,
+            }
+        )
 
     async def nodes(self, _request: Request) -> Response:
         return JSONResponse(await run_in_threadpool(self._database.nodes))
@@ -95,7 +112,10 @@ class _Api:
         rows = await run_in_threadpool(self._database.nodes)
         found = next((row for row in rows if row["node"] == name), None)
         if found is None:
-            raise ConfigError(f"no node {name} was ever seen; is its agent running and pointed at this broker?")
+            raise ConfigError(
+                f"node {name[:64]} was never seen; is its agent running and pointed at this broker?",
+                Code.DOCUMENT_MISSING,
+            )
         return JSONResponse(found)
 
     async def events(self, request: Request) -> Response:
@@ -104,44 +124,90 @@ class _Api:
     async def telemetry(self, request: Request) -> Response:
         return await self._reports(request, "telemetry")
 
-    async def rollouts(self, _request: Request) -> Response:
+    async def _reports(self, request: Request, kind: str) -> Response:
+        query = request.query_params
+        after = _number(query["after"]) if "after" in query else None
+        limit = max(1, min(_number(query.get("limit", "100")), LIST_LIMIT))
+        return JSONResponse(await run_in_threadpool(self._database.reports, kind, query.get("node"), after, limit))
+
+
+class _Releases:
+    def __init__(self, controller: Controller, database: Database, library: Library) -> None:
+        self._controller = controller
+        self._database = database
+        self._library = library
+
+    async def put_manifest(self, request: Request) -> Response:
+        digest = _digest(request)
+        body = await _bounded_body(request, DOCUMENT_LIMIT_BYTES)
+        await run_in_threadpool(self._library.put_manifest, digest, body)
+        return JSONResponse({"document": digest})
+
+    async def put_pack(self, request: Request) -> Response:
+        digest = _digest(request)
+        try:
+            await self._store_pack(digest, request)
+        except AmperageError:
+            async for _ in request.stream():
+                pass  # a client that is still sending would only see a broken pipe, not why
+            raise
+        return JSONResponse({"pack": digest})
+
+    async def _store_pack(self, digest: str, request: Request) -> None:
+        upload = await run_in_threadpool(self._library.begin_upload, digest)
+        try:
+            await _receive(request, upload)
+            await run_in_threadpool(upload.commit)
+        finally:
+            await run_in_threadpool(upload.discard)
+
+    async def add(self, request: Request) -> Response:
+        body = await _bounded_body(request, DOCUMENT_LIMIT_BYTES)
+        digest, release = await run_in_threadpool(self._controller.add_release, body)
+        return JSONResponse({"release": digest, "model": release.model, "version": release.version})
+
+    async def everything(self, _request: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(self._database.releases))
+
+
+class _Rollouts:
+    def __init__(self, controller: Controller, database: Database) -> None:
+        self._controller = controller
+        self._database = database
+
+    async def everything(self, _request: Request) -> Response:
         rows = await run_in_threadpool(self._database.rollouts)
         return JSONResponse([_rollout(identity, body) for identity, body in rows])
 
-    async def rollout(self, request: Request) -> Response:
-        return JSONResponse(await self._one_rollout(request.path_params["id"]))
+    async def one(self, request: Request) -> Response:
+        return await self._answer(request.path_params["id"])
 
-    async def start_rollout(self, request: Request) -> Response:
-        order = parse_document(RolloutOrder, await _bounded_body(request))
-        known = [row["node"] for row in await run_in_threadpool(self._database.nodes)]
-        nodes = known if isinstance(order.nodes, str) else list(dict.fromkeys(order.nodes))
+    async def start(self, request: Request) -> Response:
+        body = await _bounded_body(request, ORDER_LIMIT_BYTES)
+        order = parse_document(RolloutOrder, body, limit_bytes=ORDER_LIMIT_BYTES)
+        nodes = await self._known() if isinstance(order.nodes, str) else list(dict.fromkeys(order.nodes))
         if not nodes:
-            raise ConfigError("no node is known yet; start an agent or name nodes")
+            raise ConfigError("no node is known yet; start an agent or name nodes", Code.DOCUMENT_MISSING)
         identity = await run_in_threadpool(
             self._controller.start_rollout, order.release, nodes, order.max_failures, order.deadline_s
         )
-        return JSONResponse(await self._one_rollout(identity))
+        return await self._answer(identity)
 
     async def abort(self, request: Request) -> Response:
         identity = request.path_params["id"]
         await run_in_threadpool(self._controller.abort, identity, "aborted by the operator")
-        return JSONResponse(await self._one_rollout(identity))
+        return await self._answer(identity)
 
-    async def _one_rollout(self, identity: int) -> dict[str, Any]:
-        rows = dict(await run_in_threadpool(self._database.rollouts))
-        if identity not in rows:
-            raise ConfigError(f"there is no rollout {identity}; list them with `amperage fleet rollouts`")
-        return _rollout(identity, rows[identity])
+    async def _known(self) -> list[str]:
+        return [row["node"] for row in await run_in_threadpool(self._database.nodes)]
 
-    async def _reports(self, request: Request, kind: str) -> Response:
-        query = request.query_params
-        try:
-            limit, after_s = int(query.get("limit", "100")), float(query.get("after", "0"))
-        except ValueError as error:
-            raise ConfigError("limit and after are numbers") from error
-        limit = max(1, min(limit, LIST_LIMIT))
-        rows = await run_in_threadpool(self._database.reports, kind, query.get("node"), after_s, limit)
-        return JSONResponse(rows)
+    async def _answer(self, identity: int) -> Response:
+        body = await run_in_threadpool(self._database.rollout, identity)
+        if body is None:
+            raise ConfigError(
+                f"there is no rollout {identity}; list them with `amperage fleet rollouts`", Code.DOCUMENT_MISSING
+            )
+        return JSONResponse(_rollout(identity, body))
 
 
 def _rollout(identity: int, body: str) -> dict[str, Any]:
@@ -151,16 +217,31 @@ def _rollout(identity: int, body: str) -> dict[str, Any]:
 def _digest(request: Request) -> str:
     digest = str(request.path_params["digest"])
     if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-        raise ArtifactError(Code.BAD_DOCUMENT, "the address must end in a SHA-256 in 64 hexadecimal digits")
+        raise ArtifactError(Code.BAD_DOCUMENT, "the address must end in a SHA-256 in 64 lower-case hexadecimal digits")
     return digest
 
 
-async def _bounded_body(request: Request) -> bytes:
-    parts: list[bytes] = []
-    size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > 2 * DOCUMENT_LIMIT_BYTES:
-            raise ArtifactError(Code.BAD_DOCUMENT, f"the body is over {2 * DOCUMENT_LIMIT_BYTES} bytes; send less")
-        parts.append(part)
-    return b"".join(parts)
+def _number(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 15:
+        raise ConfigError("limit and after are whole numbers", Code.BAD_REQUEST)
+    return int(text)
+
+
+async def _receive(request: Request, upload: PackUpload) -> None:
+    """Stream the body into `upload`, a mebibyte per hop to a worker thread."""
+    part = bytearray()
+    async for chunk in request.stream():
+        part += chunk
+        if len(part) >= UPLOAD_PART_BYTES:
+            await run_in_threadpool(upload.feed, bytes(part))
+            part.clear()
+    await run_in_threadpool(upload.feed, bytes(part))
+
+
+async def _bounded_body(request: Request, limit_bytes: int) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit_bytes:
+            raise ArtifactError(Code.BAD_DOCUMENT, f"the body is over {limit_bytes} bytes; send less")
+    return bytes(body)

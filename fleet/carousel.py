@@ -1,113 +1,202 @@
-"""Which frame of one artifact to publish next: pure logic of the carousel (docs/design.md section 4).
+"""Which frame of an artifact to publish next, and for whom: the depot's logic, pure (docs/design.md section 4).
 
-The depot walks the union of what its nodes lack in one cyclic pass and publishes each frame once for all. A frame is
-repeated only for a node that lacks it although its `seen` has passed the last publication; a node that joins late has
-passed everything published before it came. A want that is renewed without progress while nothing is left to publish
-means that what was in flight is lost.
-
-Invariant: at most `credit` frames lie between the fastest node's `seen` and the last publication.
+One Carousel stands for one artifact. Readers say what they miss, how far they have come (`seen`) and how far the depot
+may run ahead (`credit`); the carousel walks the union of what is missing in one cyclic pass, the index first.
+Invariants: a frame is published again for a reader only when the reader's `seen` has passed it, or everything that was
+on its way to the reader is given up as lost, or the reader came after it; no frame is published unless a reader who
+needs it has credit left; a reader can cost at most BUDGET_PASSES passes per BUDGET_WINDOW_S.
+Nothing here survives a restart: a new epoch starts, and every want that is renewed joins anew.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 
-from wire.messages import WANT_VOID_S, Want
+from wire.bitmap import Bitmap
+from wire.messages import WANT_VOID_S
 
-LOST_AFTER_S = 2.0
-"""Silence of the depot after which an unchanged `seen` means loss and not delay."""
+GATHER_S = 0.1
+GATHER_MOST_S = 0.5
+"""A pass over the data begins when no further reader came for GATHER_S: a rollout starts its nodes together, and what
+waits for all of them need not be repeated for the later ones."""
+PATIENCE_FIRST_S = 4.0
+"""Silence after which what is on its way counts as lost; below WANT_RENEW_S, so that one silent renewal is enough."""
+PATIENCE_MOST_S = 60.0
+HISTORY_FRAMES = 16 * 1024
+"""Publications remembered: four times the largest credit. What is older counts as passed."""
+BUDGET_PASSES = 8
+BUDGET_SPARE_FRAMES = 64
+BUDGET_WINDOW_S = 600.0
+EXPIRE_EVERY_S = 1.0
 
 
 @dataclass(slots=True)
-class _Listener:
-    """One node's want: bitmaps as integers, bit i for frame i."""
+class _Reader:
+    """One node that wants the artifact."""
 
-    missing: int
-    pending: int
-    """Missing and not in flight to this node."""
-    passed: int
-    """seq up to which everything published has reached this node or never will."""
+    needs: Bitmap
+    """What it misses, less what is on its way to it."""
+    position: int
+    """Everything published up to this seq was passed by it, is given up for it, or came before it."""
     credit: int
     renewed_s: float
-    said: tuple[int, int]
+    seen: int = 0
+    lost_up_to: int = 0
+    patience_s: float = PATIENCE_FIRST_S
+    silent_since_s: float | None = None
+    """Since when something published beyond `position` has had no answer; None when nothing is on its way."""
 
 
 @dataclass(slots=True)
+class _Budget:
+    left: int
+    ends_s: float
+
+
 class Carousel:
-    """The pass over one artifact of `frames` frames; `epoch` is the depot's."""
+    """The wants for one artifact and the pass over what they miss; `epoch` is random per start of the depot."""
 
-    frames: int
-    epoch: int
-    seq: int = 0
-    _cursor: int = 0
-    _published_s: float = 0.0
-    _recent: deque[tuple[int, int]] = field(default_factory=deque)
-    """(seq, frame) of publications that some listener has not passed, oldest first."""
-    _listeners: dict[str, _Listener] = field(default_factory=dict)
+    def __init__(self, frames: int, index_frames: int, epoch: int) -> None:
+        self.frames = frames
+        self.epoch = epoch
+        self.seq = 0
+        self.over_budget = 0
+        self._index_mask = (1 << index_frames) - 1
+        self._readers: dict[str, _Reader] = {}
+        self._budgets: dict[str, _Budget] = {}
+        self._published: deque[int] = deque(maxlen=HISTORY_FRAMES)
+        self._wanted = 0
+        """Bit per frame: a superset of what a reader with credit needs."""
+        self._pointer = 0
+        self._opens_s: float | None = None
+        """When the pass over the data may begin; None while nobody wants data."""
+        self._gathering_ends_s = 0.0
+        self._expire_due_s = 0.0
 
-    def want(self, want: Want, now_s: float) -> None:
-        """Take a node's want; one without missing frames is a farewell. Raises ArtifactError on a wrong bitmap."""
-        missing = int.from_bytes(want.missing_frames().pack(), "little")
-        if want.frames != self.frames or not missing:
-            self._listeners.pop(want.node, None)
+    @property
+    def readers(self) -> int:
+        """Nodes whose want holds."""
+        return len(self._readers)
+
+    @property
+    def is_idle(self) -> bool:
+        """True when nothing of this state is needed any more: no reader, and no budget that somebody used up."""
+        return not self._readers and not self._budgets
+
+    def on_want(self, node: str, missing: Bitmap, seen: tuple[int, int], credit: int, now_s: float) -> None:
+        """A node renewed its want; `seen` is (epoch, seq), `missing` has as many bits as the artifact has frames."""
+        if not len(missing):
+            self.drop(node)
             return
-        before = self._listeners.get(want.node)
-        passed = self.seq if before is None else before.passed
-        said = (want.seen_epoch, want.seen_seq)
-        if want.seen_epoch == self.epoch:
-            passed = max(passed, min(want.seen_seq, self.seq)) if before is not None else passed
-        stuck = before is not None and before.said == said and now_s - self._published_s >= LOST_AFTER_S
-        if stuck and not self._pending():
-            passed = self.seq
-        pending = missing
-        for seq, frame in self._recent:
-            if seq > passed:
-                pending &= ~(1 << frame)
-        self._listeners[want.node] = _Listener(missing, pending, passed, want.credit, now_s, said)
-        self._forget_passed()
+        seq = min(seen[1], self.seq) if seen[0] == self.epoch else 0
+        reader = self._readers.get(node)
+        if reader is None or (reader.seen and not seq):  # new here, or a new life that has seen nothing of ours
+            reader = self._readers[node] = _Reader(Bitmap(self.frames), self.seq, credit, now_s, seen=seq)
+        else:
+            self._note_progress(reader, seq, now_s)
+        reader.credit, reader.renewed_s = credit, now_s
+        reader.needs = self._needs_beyond(missing, reader.position)
+        if self._allowance(node, now_s) <= 0:
+            self.over_budget += 1
+            reader.needs = Bitmap(self.frames)
+        self._want(reader, now_s)
 
-    def leave(self, node: str) -> None:
-        """The node went off line."""
-        self._listeners.pop(node, None)
-
-    def is_idle(self, now_s: float) -> bool:
-        """True when nobody wants anything any more."""
-        self._void(now_s)
-        return not self._listeners
+    def drop(self, node: str) -> None:
+        """Forget a node: it is done, its will was published, or its want is void."""
+        if self._readers.pop(node, None) is not None and not self._readers:
+            self._wanted, self._opens_s = 0, None
 
     def next_frame(self, now_s: float) -> tuple[int, int] | None:
-        """(seq, frame) to publish now, or None: nobody lacks anything, or the credit is used up."""
-        self._void(now_s)
-        if not self._listeners:
+        """(frame, seq) to publish now, which is then counted as published; None when there is nothing to do yet."""
+        self._expire(now_s)
+        while (frame := self._candidate(now_s)) is not None:
+            takers = [(node, reader) for node, reader in self._readers.items() if frame in reader.needs]
+            if any(self._has_credit(reader) for _, reader in takers):
+                self._publish(frame, takers, now_s)
+                return frame, self.seq
+            self._recollect()
+        return None
+
+    def _note_progress(self, reader: _Reader, seq: int, now_s: float) -> None:
+        if seq > reader.seen:
+            if seq <= reader.lost_up_to:  # it was late, not lost: be more patient with this reader
+                reader.patience_s = min(2 * reader.patience_s, PATIENCE_MOST_S)
+            reader.seen = seq
+            reader.position = max(reader.position, seq)
+            reader.silent_since_s = now_s if self.seq > reader.position else None
+        elif reader.silent_since_s is not None and now_s - reader.silent_since_s >= reader.patience_s:
+            reader.position = reader.lost_up_to = self.seq
+            reader.silent_since_s = None
+
+    def _needs_beyond(self, missing: Bitmap, position: int) -> Bitmap:
+        """`missing` less the frames that were published after `position`."""
+        needs = Bitmap(self.frames, missing.pack())
+        for frame in islice(reversed(self._published), self.seq - position):
+            needs.clear(frame)
+        return needs
+
+    def _want(self, reader: _Reader, now_s: float) -> None:
+        bits = int.from_bytes(reader.needs.pack(), "little")
+        self._wanted |= bits
+        if not bits & ~self._index_mask:
+            return
+        if self._opens_s is None:
+            self._gathering_ends_s = now_s + GATHER_MOST_S
+            self._opens_s = now_s + GATHER_S
+        elif now_s < self._opens_s:
+            self._opens_s = min(now_s + GATHER_S, self._gathering_ends_s)
+
+    def _candidate(self, now_s: float) -> int | None:
+        if index := self._wanted & self._index_mask:
+            return _lowest(index)
+        if not self._wanted or self._opens_s is None or now_s < self._opens_s:
             return None
-        fastest = max(self._listeners.values(), key=lambda listener: listener.passed)
-        if self.seq - fastest.passed >= fastest.credit:
-            return None
-        pending = self._pending()
-        if not pending:
-            return None
-        ahead = pending >> self._cursor << self._cursor
-        chosen = ahead or pending
-        frame = (chosen & -chosen).bit_length() - 1
+        if ahead := self._wanted >> self._pointer:
+            return self._pointer + _lowest(ahead)
+        return _lowest(self._wanted)
+
+    def _has_credit(self, reader: _Reader) -> bool:
+        return self.seq - reader.position < reader.credit
+
+    def _recollect(self) -> None:
+        """A reader ran out of credit: what only such readers need waits until they renew their want."""
+        self._wanted = 0
+        for reader in self._readers.values():
+            if self._has_credit(reader):
+                self._wanted |= int.from_bytes(reader.needs.pack(), "little")
+
+    def _publish(self, frame: int, takers: list[tuple[str, _Reader]], now_s: float) -> None:
         self.seq += 1
-        self._cursor = (frame + 1) % self.frames
-        self._published_s = now_s
-        self._recent.append((self.seq, frame))
-        for listener in self._listeners.values():
-            listener.pending &= ~(1 << frame)
-        return self.seq, frame
+        self._published.append(frame)
+        if not self._index_mask >> frame & 1:
+            self._pointer = frame + 1  # a late reader's index does not send the pass back to its start
+        self._wanted &= ~(1 << frame)
+        for node, reader in takers:
+            reader.needs.clear(frame)
+            self._budgets[node].left -= 1
+            if not self._budgets[node].left:
+                reader.needs = Bitmap(self.frames)
+        for reader in self._readers.values():
+            if reader.silent_since_s is None:
+                reader.silent_since_s = now_s
 
-    def _pending(self) -> int:
-        union = 0
-        for listener in self._listeners.values():
-            union |= listener.pending
-        return union
+    def _allowance(self, node: str, now_s: float) -> int:
+        budget = self._budgets.get(node)
+        if budget is None or now_s >= budget.ends_s:
+            left = BUDGET_PASSES * self.frames + BUDGET_SPARE_FRAMES
+            budget = self._budgets[node] = _Budget(left, now_s + BUDGET_WINDOW_S)
+        return budget.left
 
-    def _void(self, now_s: float) -> None:
-        gone = [node for node, listener in self._listeners.items() if now_s - listener.renewed_s > WANT_VOID_S]
-        for node in gone:
-            del self._listeners[node]
+    def _expire(self, now_s: float) -> None:
+        if now_s < self._expire_due_s:
+            return
+        self._expire_due_s = now_s + EXPIRE_EVERY_S
+        for node in [node for node, reader in self._readers.items() if now_s - reader.renewed_s >= WANT_VOID_S]:
+            self.drop(node)
+        for node in [node for node, budget in self._budgets.items() if now_s >= budget.ends_s]:
+            if node not in self._readers:
+                del self._budgets[node]
 
-    def _forget_passed(self) -> None:
-        slowest = min(listener.passed for listener in self._listeners.values())
-        while self._recent and self._recent[0][0] <= slowest:
-            self._recent.popleft()
+
+def _lowest(bits: int) -> int:
+    return (bits & -bits).bit_length() - 1

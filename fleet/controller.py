@@ -1,243 +1,312 @@
-"""The controller: signs desired state, drives rollouts, takes reports and acknowledges them.
+"""The controller: takes reports, drives rollouts, publishes desired state and documents.
 
-Owns one connection and one thread, the only writer of rollouts. What is sent is in the database first, so a restart
-sends the same again; desired state is republished whenever the link comes up.
+Owns one connection and one thread, the only writer of rollouts' progress. Invariants: a report is acknowledged after
+the transaction that holds it; an order is in the database, together with the rollout that gave it, before it is
+published; everything retained is published again whenever the link comes up. A crash leaves what the database holds.
 """
 
 import queue
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
+from fleet import rollout as rules
 from fleet.database import Database, DesiredRow
+from fleet.ingest import KINDS, REPORT_LIMIT_BYTES, Batch, Ingest
 from fleet.library import Library
-from fleet.rollout import NodeProgress, Rollout, RolloutState, expire, observe, ordered_back
+from fleet.orders import Orders
+from fleet.outbox import Outbox
+from fleet.rollout import NodeOutcome, NodeProgress, Rollout, RolloutState
 from host.keys import Signer
 from host.link import Broker, LinkUp, Received
 from host.mqtt import Connection
 from wire.digest import digest_of
 from wire.documents import encode_document, parse_document
-from wire.errors import AmperageError, ArtifactError, Code, ConfigError
-from wire.messages import Ack, Desired, DesiredModel, Event, Numbered, Reported, Status, Telemetry
-from wire.release import Release
+from wire.errors import ArtifactError, Code, ConfigError, DeployError
+from wire.messages import Ack, Reported
+from wire.release import ArtifactRef, Release, Variant
 from wire.signing import Role, TrustPolicy, open_envelope
 from wire.topics import Topics
 
 log = structlog.get_logger()
 
-INBOX_MESSAGES = 50_000
-REPORT_LIMIT_BYTES = 256 * 1024
+INBOX_MESSAGES = 10_000
+BATCH_MESSAGES = 256
+"""Reports per transaction: one fsync for all of them."""
 TICK_S = 0.25
-NUMBERED: dict[str, type[Numbered]] = {"event": Event, "telemetry": Telemetry}
+PUMP_S = 0.02
+FORGET_EVERY_S = 600.0
 
 
-@dataclass(slots=True)
-class Controller:
-    """Everything but the depot and the API."""
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """What is on the control plane's disk."""
 
-    broker: Broker
-    topics: Topics
     database: Database
     library: Library
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Who signs, who is believed, and the operator's choices."""
+
     signer: Signer
     trust: TrustPolicy
-    default_deadline_s: float
-    refused: int = 0
-    """Reports that were not readable."""
-    _reported: dict[str, Reported] = field(default_factory=dict)
-    _orders: threading.Lock = field(default_factory=threading.Lock)
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _link: Connection | None = None
-    _thread: threading.Thread | None = None
+    rollout_deadline_s: float
+    keep_reports_s: float
+
+
+class Controller:
+    """Everything but the depot and the API; `on_death` is called when its thread ends by a fault."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        topics: Topics,
+        stores: Stores,
+        policy: Policy,
+        on_death: Callable[[], None] = lambda: None,
+    ) -> None:
+        database = stores.database
+        self.ingest = Ingest(topics, database)
+        self._topics = topics
+        self._database = database
+        self._library = stores.library
+        self._orders = Orders(database, policy.signer)
+        self._policy = policy
+        self._on_death = on_death
+        self._inbox: queue.Queue[Any] = queue.Queue(INBOX_MESSAGES)
+        self._link = Connection(broker, f"fleet:controller:{policy.signer.public.keyid[:8]}", self._inbox)
+        for kind in KINDS:
+            self._link.subscribe(topics.every_node(kind), qos=1)
+        self._outbox = Outbox(self._link)
+        self._lock = threading.RLock()
+        self._reported = _stored_reports(database)
+        self._changed: set[str] = set()
+        self._running = {
+            identity: Rollout.model_validate_json(body) for identity, body in database.rollouts(RolloutState.RUNNING)
+        }
+        self._forget_due_s = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="controller")
 
     def start(self) -> None:
         """Connect and work in a thread."""
-        inbox: queue.Queue[Any] = queue.Queue(INBOX_MESSAGES)
-        self._link = Connection(self.broker, f"controller-{self.signer.public.keyid[:8]}", inbox)
-        for kind in ("status", "reported", *NUMBERED):
-            self._link.subscribe(self.topics.every_node(kind), qos=1)
+        self._changed.update(self._reported)
         self._link.start()
-        self._thread = threading.Thread(target=self._work, args=(inbox,), name="controller", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop working and disconnect."""
+        """Stop working and disconnect; idempotent."""
         self._stop.set()
-        if self._thread is not None:
+        if self._thread.ident is not None:
             self._thread.join()
-        if self._link is not None:
-            self._link.stop()
+        self._link.stop()
+
+    def is_up(self) -> bool:
+        """True while the broker is reached."""
+        return self._link.is_up()
+
+    # for the API, from any thread
 
     def add_release(self, envelope: bytes) -> tuple[str, Release]:
-        """Verify and keep a release whose documents and packs are in the library, and publish its documents.
+        """Verify and keep a release whose manifests and packs are in the library, and publish its documents.
 
-        Raises ArtifactError: signature faults, bad_manifest when something of it was not uploaded.
+        Raises ArtifactError: signature faults, bad_document, document_missing, bad_manifest.
         """
-        release = parse_document(Release, open_envelope(envelope, Role.RELEASE, self.trust))
+        release = parse_document(Release, open_envelope(envelope, Role.RELEASE, self._policy.trust))
         digest = digest_of(envelope)
         for variant in release.variants:
-            for reference in (variant.full, *variant.deltas):
-                manifest = self.library.manifest(reference.manifest)
-                if manifest.decoded != variant.decoded or self.library.pack_path(reference.manifest) is None:
-                    raise ArtifactError(
-                        Code.BAD_MANIFEST, f"artifact {reference.manifest[:12]}… is incomplete; upload its pack first"
-                    )
-        self.database.save_release(digest, (release.model, release.version, release.sequence), envelope)
+            self._check_artifact(variant, variant.full, None)
+            for delta in variant.deltas:
+                self._check_artifact(variant, delta, delta.base)
+        self._database.save_release(digest, (release.model, release.version, release.sequence), envelope)
         self._publish_documents(digest, envelope, release)
+        self._wake()
+        log.info("release_published", model=release.model, version=release.version, release=digest)
         return digest, release
 
     def start_rollout(self, release: str, nodes: list[str], max_failures: int, deadline_s: float | None) -> int:
-        """Order `nodes` to run `release`; returns the rollout's number. Raises ConfigError when it is not here."""
-        envelope = self.database.release_envelope(release)
-        if envelope is None:
-            raise ConfigError(f"release {release[:12]}… is not here; publish it first", Code.DOCUMENT_MISSING)
-        parsed = parse_document(Release, open_envelope(envelope, Role.RELEASE, self.trust))
-        with self._orders:
-            told = tuple(self._order(node, parsed.model, release) for node in nodes)
-            rollout = Rollout(
-                release=release, model=parsed.model, version=parsed.version, max_failures=max_failures,
-                deadline_s=deadline_s or self.default_deadline_s, started_s=time.time(), nodes=told,
-            )  # fmt: skip
-            identity = self.database.add_rollout(rollout.state, rollout.model_dump_json())
+        """Order `nodes` to run `release`; returns the rollout's number.
+
+        Raises ConfigError(document_missing) when the release is not here, DeployError(superseded) when a node is at
+        work for another rollout of the model.
+        """
+        parsed = self._release(release)
+        with self._lock:
+            self._check_free(parsed.model, nodes)
+            with self._database.transaction():
+                rows = self._orders.change(parsed.model, dict.fromkeys(nodes, release), self._reported)
+                told = tuple(self._told(row, previous, parsed.model, release) for row, previous in rows)
+                rollout = Rollout(
+                    release=release, model=parsed.model, version=parsed.version, max_failures=max_failures,
+                    deadline_s=deadline_s or self._policy.rollout_deadline_s, started_s=time.time(), nodes=told,
+                )  # fmt: skip
+                identity = self._database.add_rollout(rollout.state, rollout.model_dump_json())
+            self._running[identity] = rollout
+            self._changed.update(nodes)
+            for row, _ in rows:
+                self._send(row)
+        self._wake()
         log.info("rollout_started", rollout=identity, release=release, version=parsed.version, nodes=len(nodes))
         return identity
 
     def abort(self, identity: int, reason: str) -> None:
-        """Stop a rollout by hand; unfinished nodes are ordered back. Raises ConfigError when it does not run."""
-        with self._orders:
-            rollout = self._running().get(identity)
-            if rollout is None:
-                raise ConfigError(f"rollout {identity} does not run; list them with `amperage fleet rollouts`")
-            self._close(identity, rollout.model_copy(update={"state": RolloutState.ABORTED, "reason": reason}))
+        """End a rollout by hand; nodes that have not ended are ordered back. Raises ConfigError when it is over."""
+        with self._lock:
+            running = self._running.get(identity)
+            if running is None:
+                raise ConfigError(
+                    f"rollout {identity} does not run; list them with `amperage fleet rollouts`", Code.DOCUMENT_MISSING
+                )
+            self._keep(identity, rules.abort(running, reason))
+        self._wake()
 
-    def _order(self, node: str, model: str, release: str | None) -> NodeProgress:
-        """Sign, keep and send a node's next desired state, with `model` at `release` or without it."""
-        before = self.database.desired(node)
-        models = dict(before.models) if before else {}
-        previous = models.get(model)
-        if release is None:
-            models.pop(model, None)
-        else:
-            models[model] = release
-        reported = self._reported.get(node)
-        generation = max(before.generation if before else 0, reported.generation if reported else 0) + 1
-        wanted = tuple(DesiredModel(model=name, release=digest) for name, digest in sorted(models.items()))
-        desired = Desired(node=node, generation=generation, models=wanted)
-        envelope = self.signer.sign(Role.DESIRED, encode_document(desired))
-        row = DesiredRow(node, generation, envelope, models)
-        self.database.save_desired(row)
-        self._send_desired(row)
-        return NodeProgress(node=node, generation=generation, previous=previous)
+    def _wake(self) -> None:
+        with suppress(queue.Full):
+            self._inbox.put_nowait(None)
 
-    def _running(self) -> dict[int, Rollout]:
-        return {
-            identity: Rollout.model_validate_json(body)
-            for identity, body in self.database.rollouts(RolloutState.RUNNING)
-        }
+    def _release(self, digest: str) -> Release:
+        envelope = self._database.release_envelope(digest)
+        if envelope is None:
+            raise ConfigError(
+                f"release {digest[:12]}… is not here; publish it with `amperage fleet publish`", Code.DOCUMENT_MISSING
+            )
+        return parse_document(Release, open_envelope(envelope, Role.RELEASE, self._policy.trust))
 
-    def _advance(self, identity: int, before: Rollout, after: Rollout) -> None:
-        if after is before:
-            return
-        if after.state in (RolloutState.STOPPED, RolloutState.ABORTED):
-            self._close(identity, after)
-            return
-        self.database.save_rollout(identity, after.state, after.model_dump_json())
-        if after.state is RolloutState.SUCCEEDED:
-            log.info("rollout_succeeded", rollout=identity, version=after.version)
+    def _check_artifact(self, variant: Variant, reference: ArtifactRef, base: str | None) -> None:
+        manifest = self._library.manifest(reference.manifest)
+        name = f"artifact {reference.manifest[:12]}…"
+        if self._library.pack_path(reference.manifest) is None:
+            raise ArtifactError(Code.DOCUMENT_MISSING, f"the pack of {name} is not here; upload it before the release")
+        if manifest.decoded != variant.decoded or manifest.base != base:
+            raise ArtifactError(Code.BAD_MANIFEST, f"{name} is not what the release says of it; make the release again")
 
-    def _close(self, identity: int, rollout: Rollout) -> None:
-        """Order unfinished nodes back, then keep the end: a crash in between does it again."""
-        for node in rollout.unfinished():
-            self._order(node.node, rollout.model, node.previous)
-        ended = ordered_back(rollout)
-        self.database.save_rollout(identity, ended.state, ended.model_dump_json())
-        log.warning("rollout_ended_early", rollout=identity, state=ended.state, reason=ended.reason)
+    def _check_free(self, model: str, nodes: list[str]) -> None:
+        for identity, running in self._running.items():
+            busy = {node.node for node in running.unfinished()} & set(nodes) if running.model == model else set()
+            if busy:
+                raise DeployError(
+                    Code.SUPERSEDED, f"{min(busy)} is at work for rollout {identity}; wait for its end, or abort it"
+                )
 
-    def _work(self, inbox: "queue.Queue[Any]") -> None:
-        ticked_s = 0.0
-        while not self._stop.is_set():
-            try:
-                message = inbox.get(timeout=TICK_S)
-            except queue.Empty:
-                message = None
-            if isinstance(message, LinkUp):
-                self._republish()
-            elif isinstance(message, Received):
-                self._take(message)
-                message.ack()
-            if time.monotonic() - ticked_s >= TICK_S:
-                ticked_s = time.monotonic()
-                self._tick()
+    def _told(self, row: DesiredRow, previous: str | None, model: str, release: str) -> NodeProgress:
+        stale = rules.has_failed(release, model, self._reported.get(row.node))
+        return NodeProgress(node=row.node, generation=row.generation, previous=previous, stale=stale)
 
-    def _tick(self) -> None:
-        with self._orders:
-            for identity, rollout in self._running().items():
-                seen = rollout
-                for node in rollout.unfinished():
-                    reported = self._reported.get(node.node)
-                    if reported is not None:
-                        seen = observe(seen, reported)
-                self._advance(identity, rollout, expire(seen, time.time()))
+    # everything below runs on the controller's thread, or under its lock
 
-    def _take(self, message: Received) -> None:
-        """One report; what cannot be read is counted and dropped, never fatal."""
-        named = self.topics.node_of(message.topic)
-        if named is None:
-            return
+    def _run(self) -> None:
         try:
-            self._file(named[0], named[1], message.payload)
-        except AmperageError as error:
-            self.refused += 1
-            log.warning("report_refused", topic=message.topic, code=str(error.code), reason=error.message)
+            while not self._stop.is_set():
+                self._turn()
+        except BaseException:
+            log.exception("controller_died")
+            self._on_death()
+            raise
 
-    def _file(self, node: str, kind: str, payload: bytes) -> None:
-        if kind == "status":
-            status = parse_document(Status, payload, limit_bytes=REPORT_LIMIT_BYTES)
-            _check_name(node, status.node)
-            self.database.save_status(node, online=status.online, boot_id=status.boot_id, session=status.session)
-        elif kind == "reported":
-            reported = parse_document(Reported, payload, limit_bytes=REPORT_LIMIT_BYTES)
-            _check_name(node, reported.node)
-            self._reported[node] = reported
-            self.database.save_reported(node, encode_document(reported).decode())
-        elif kind in NUMBERED:
-            report = parse_document(NUMBERED[kind], payload, limit_bytes=REPORT_LIMIT_BYTES)
-            _check_name(node, report.node)
-            key = (node, report.boot_id, report.seq)
-            body = encode_document(report).decode()
-            reached = self.database.save_report(key, report.first, kind, report.time_s, body)
-            self._publish(self.topics.ack(node), encode_document(Ack(acks={report.boot_id: reached})))
+    def _turn(self) -> None:
+        messages = self._collect(PUMP_S if self._outbox.pump() else TICK_S)
+        if any(isinstance(message, LinkUp) for message in messages):
+            self._publish_everything()
+        received = [message for message in messages if isinstance(message, Received)]
+        batch = Batch()
+        with self._lock:
+            if received:
+                with self._database.transaction():
+                    for message in received:
+                        self.ingest.take(message, batch)
+            self._learn(batch)
+            self._advance_all(batch)
+        for message in received:
+            message.ack()
+        if time.monotonic() >= self._forget_due_s:
+            self._forget_due_s = time.monotonic() + FORGET_EVERY_S
+            self._database.forget_reports(time.time() - self._policy.keep_reports_s)
 
-    def _republish(self) -> None:
-        """Everything retained that is ours: a broker without persistence has forgotten it."""
-        for row in self.database.releases():
-            envelope = self.database.release_envelope(row["release"])
-            if envelope is not None:
-                release = parse_document(Release, open_envelope(envelope, Role.RELEASE, self.trust))
-                self._publish_documents(row["release"], envelope, release)
-        for desired in self.database.all_desired():
-            self._send_desired(desired)
+    def _collect(self, timeout_s: float) -> list[Any]:
+        messages: list[Any] = []
+        with suppress(queue.Empty):
+            messages.append(self._inbox.get(timeout=timeout_s))
+            while len(messages) < BATCH_MESSAGES:
+                messages.append(self._inbox.get_nowait())
+        return messages
+
+    def _learn(self, batch: Batch) -> None:
+        """What is durable now may be answered and acted on."""
+        self._reported.update(batch.reported)
+        self._changed.update(batch.reported)
+        for node, acks in batch.acks.items():
+            self._outbox.put(self._topics.ack(node), encode_document(Ack(acks=acks)))
+        for node in batch.remembered:
+            row = self._orders.assert_again(node, batch.reported[node])
+            if row is not None:
+                log.warning("desired_asserted_again", node=node, generation=row.generation)
+                self._send(row)
+
+    def _advance_all(self, batch: Batch) -> None:
+        changed = {node: self._reported[node] for node in self._changed if node in self._reported}
+        self._changed = {event.node for event in batch.events}  # an event may make an earlier report count
+        for identity, before in list(self._running.items()):
+            after = rules.observe(rules.observe_events(before, batch.events), changed)
+            after = rules.expire(after, time.time())
+            if after is not before:
+                self._keep(identity, after)
+
+    def _keep(self, identity: int, rollout: Rollout) -> None:
+        """Store what became of a rollout; at an early end order back in the same transaction."""
+        rows: list[DesiredRow] = []
+        with self._database.transaction():
+            if rollout.state in (RolloutState.STOPPED, RolloutState.ABORTED):
+                back = {node.node: node.previous for node in rollout.to_order_back()}
+                rows = [row for row, _ in self._orders.change(rollout.model, back, self._reported)]
+                rollout = rules.ordered_back(rollout)
+            if rollout.state is not RolloutState.RUNNING:
+                failed = [node for node in rollout.nodes if node.outcome is NodeOutcome.FAILED]
+                self._orders.forget_failed(
+                    rollout.model, [(node.node, rollout.release, node.previous) for node in failed]
+                )
+            self._database.save_rollout(identity, rollout.state, rollout.model_dump_json())
+        if rollout.state is RolloutState.RUNNING:
+            self._running[identity] = rollout
+            return
+        self._running.pop(identity, None)
+        for row in rows:
+            self._send(row)
+        log.info("rollout_ended", rollout=identity, state=rollout.state, reason=rollout.reason)
+
+    def _publish_everything(self) -> None:
+        """All that is retained and ours: a broker without persistence has forgotten it."""
+        for row in self._database.releases():
+            envelope = self._database.release_envelope(row["release"]) or b""
+            try:
+                self._publish_documents(row["release"], envelope, self._release(row["release"]))
+            except ArtifactError as error:  # the trust policy may have changed since
+                log.warning("release_not_published", release=row["release"], code=str(error.code), reason=error.message)
+        for desired in self._database.all_desired():
+            self._send(desired)
 
     def _publish_documents(self, digest: str, envelope: bytes, release: Release) -> None:
-        self._publish(self.topics.document(digest), envelope, retain=True)
+        self._outbox.put(self._topics.document(digest), envelope, retain=True)
         for variant in release.variants:
             for reference in (variant.full, *variant.deltas):
-                manifest = self.library.document(reference.manifest)
+                manifest = self._library.document(reference.manifest)
                 if manifest is not None:
-                    self._publish(self.topics.document(reference.manifest), manifest, retain=True)
+                    self._outbox.put(self._topics.document(reference.manifest), manifest, retain=True)
 
-    def _send_desired(self, row: DesiredRow) -> None:
-        self._publish(self.topics.desired(row.node), row.envelope, retain=True)
-
-    def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
-        if self._link is not None:
-            self._link.publish(topic, payload, qos=1, retain=retain)
+    def _send(self, row: DesiredRow) -> None:
+        self._outbox.put(self._topics.desired(row.node), row.envelope, retain=True)
 
 
-def _check_name(node: str, claimed: str) -> None:
-    """A node speaks for itself only: the topic, which the broker's ACL proves, must agree with the payload."""
-    if node != claimed:
-        raise ArtifactError(Code.WRONG_NODE, f"report in the name of {claimed} came on {node}'s topic")
+def _stored_reports(database: Database) -> dict[str, Reported]:
+    """The last report of every node: generations must not fall behind them after a restart."""
+    reports = {}
+    for node, body in database.reported().items():
+        with suppress(ArtifactError):  # stored by a newer version: the node will report again
+            reports[node] = parse_document(Reported, body.encode(), limit_bytes=REPORT_LIMIT_BYTES)
+    return reports

@@ -1,6 +1,8 @@
 """The depot: answers wants with frames. I/O around fleet/carousel.py; owns one connection and one thread.
 
-Nothing is kept: after a restart the epoch is new, the nodes renew their wants, and their bitmaps say everything.
+Invariant: at most OUTGOING_BYTES of frames wait for the socket, so a node that goes away stops costing at once, and
+several artifacts take turns frame by frame. Nothing is kept: after a restart the epoch is new, the nodes renew their
+wants, and their bitmaps say everything.
 """
 
 import os
@@ -8,27 +10,33 @@ import queue
 import secrets
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
 from fleet.carousel import Carousel
 from fleet.library import Library, read_frame
+from fleet.presence import Presence, after_status
+from fleet.refusals import Refusals, check_speaker
 from host.link import Broker, Received
 from host.mqtt import Connection
 from wire.documents import parse_document
-from wire.errors import AmperageError, ArtifactError, Code
+from wire.errors import AmperageError, ArtifactError, Code, TransferError
 from wire.manifest import Manifest
 from wire.messages import FrameMessage, Status, Want
 from wire.topics import Topics
 
 log = structlog.get_logger()
 
-INBOX_MESSAGES = 10_000
+INBOX_MESSAGES = 1024
+MESSAGES_PER_TURN = 256
 OUTGOING_BYTES = 1024 * 1024
 """Frames handed to the connection ahead of the socket: enough to keep it busy, little enough to stop at once."""
 IDLE_S = 0.2
+WAITING_S = 0.02
+"""Between looks while readers wait for the pass to begin or for their credit."""
 FLOW_S = 0.05
 WANT_LIMIT_BYTES = 4 * 1024 * 1024 + 4096
 
@@ -45,104 +53,139 @@ class _Offer:
         os.close(self.descriptor)
 
 
-@dataclass(slots=True)
 class Depot:
-    """Serves the packs of `library`."""
+    """Serves the packs of `library`; `on_death` is called when its thread ends by a fault."""
 
-    broker: Broker
-    topics: Topics
-    library: Library
-    epoch: int = field(default_factory=lambda: secrets.randbelow(2**32 - 1) + 1)
-    refused: int = 0
-    """Messages that were no wants."""
-    published: int = 0
-    _offers: dict[str, _Offer] = field(default_factory=dict)
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
+    def __init__(
+        self, broker: Broker, topics: Topics, library: Library, on_death: Callable[[], None] = lambda: None
+    ) -> None:
+        self.epoch = secrets.randbelow(2**32 - 1) + 1
+        self.published = 0
+        self.refusals = Refusals()
+        self._topics = topics
+        self._library = library
+        self._on_death = on_death
+        self._inbox: queue.Queue[Any] = queue.Queue(INBOX_MESSAGES)
+        self._link = Connection(broker, f"fleet:depot:{self.epoch:08x}", self._inbox)
+        self._link.subscribe(topics.every_node("status"), qos=1)
+        self._link.subscribe(topics.every_node("want"), qos=0)
+        self._offers: dict[str, _Offer] = {}
+        self._presence: dict[str, Presence] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="depot")
 
     def start(self) -> None:
         """Connect and serve in a thread."""
-        inbox: queue.Queue[Any] = queue.Queue(INBOX_MESSAGES)
-        link = Connection(self.broker, f"depot-{self.epoch:08x}", inbox)
-        link.subscribe(self.topics.every_node("want"), qos=0)
-        link.subscribe(self.topics.every_node("status"), qos=1)
-        link.start()
-        self._thread = threading.Thread(target=self._serve, args=(link, inbox), name="depot", daemon=True)
+        self._link.start()
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop serving."""
+        """Stop serving; idempotent."""
         self._stop.set()
-        if self._thread is not None:
+        if self._thread.ident is not None:
             self._thread.join()
+        self._link.stop()
 
-    def _serve(self, link: Connection, inbox: "queue.Queue[Any]") -> None:
+    def _run(self) -> None:
         try:
             while not self._stop.is_set():
-                busy = self._publish_round(link)
-                self._take_all(inbox, 0.0 if busy else IDLE_S)
-                if busy:
-                    link.wait_outgoing_below(OUTGOING_BYTES, FLOW_S)
+                self._turn()
+        except BaseException:
+            log.exception("depot_died")
+            self._on_death()
+            raise
         finally:
-            link.stop()
             for offer in self._offers.values():
                 offer.close()
 
-    def _publish_round(self, link: Connection) -> bool:
-        """One frame of every artifact in turn while the connection takes them; True when anything went out."""
+    def _turn(self) -> None:
+        sent = self._link.is_up() and self._publish_round()
+        self._close_idle()
+        if sent:
+            self._take_waiting(0.0)
+            self._link.wait_outgoing_below(OUTGOING_BYTES, FLOW_S)
+        else:
+            self._take_waiting(WAITING_S if any(offer.carousel.readers for offer in self._offers.values()) else IDLE_S)
+
+    def _publish_round(self) -> bool:
+        """One frame of every artifact in turn, as the connection takes them; True when anything went out."""
         sent = False
         now_s = time.monotonic()
-        for artifact, offer in list(self._offers.items()):
-            if link.outgoing_bytes() >= OUTGOING_BYTES:
+        for artifact in list(self._offers):
+            if self._link.outgoing_bytes() >= OUTGOING_BYTES:
                 return True
-            chosen = offer.carousel.next_frame(now_s)
-            if chosen is None:
-                if offer.carousel.is_idle(now_s):
-                    self._offers.pop(artifact).close()
-                continue
-            seq, frame = chosen
-            message = FrameMessage(self.epoch, seq, frame, read_frame(offer.descriptor, offer.manifest, frame))
-            link.publish(self.topics.frames(artifact), message.encode(), qos=0)
-            self.published += 1
-            sent = True
+            offer = self._offers.pop(artifact)
+            self._offers[artifact] = offer  # to the end of the queue: the next round begins with another one
+            found = offer.carousel.next_frame(now_s)
+            if found is not None:
+                self._publish(artifact, offer, *found)
+                sent = True
         return sent
 
-    def _take_all(self, inbox: "queue.Queue[Any]", timeout_s: float) -> None:
+    def _publish(self, artifact: str, offer: _Offer, frame: int, seq: int) -> None:
+        message = FrameMessage(self.epoch, seq, frame, read_frame(offer.descriptor, offer.manifest, frame))
         try:
-            message = inbox.get(timeout=timeout_s) if timeout_s else inbox.get_nowait()
-            while True:
+            self._link.publish(self._topics.frames(artifact), message.encode(), qos=0)
+        except TransferError:
+            return  # lost on its way, as any frame may be: `seen` will pass it
+        self.published += 1
+
+    def _close_idle(self) -> None:
+        for artifact in [name for name, offer in self._offers.items() if offer.carousel.is_idle]:
+            self._offers.pop(artifact).close()
+
+    def _take_waiting(self, timeout_s: float) -> None:
+        try:
+            message = self._inbox.get(timeout=timeout_s) if timeout_s else self._inbox.get_nowait()
+            for _ in range(MESSAGES_PER_TURN):
                 if isinstance(message, Received):
                     self._take(message)
                     message.ack()
-                message = inbox.get_nowait()
+                message = self._inbox.get_nowait()
         except queue.Empty:
             return
 
     def _take(self, message: Received) -> None:
         """A hostile node can hurt only itself: the name comes from the topic, which the broker's ACL proves."""
-        named = self.topics.node_of(message.topic)
+        node, kind = self._topics.node_of(message.topic) or ("", "")
         try:
-            if named is not None and named[1] == "want":
+            if kind == "want":
                 want = parse_document(Want, message.payload, limit_bytes=WANT_LIMIT_BYTES)
-                if want.node != named[0]:
-                    raise ArtifactError(Code.WRONG_NODE, f"it is in the name of {want.node}, on another node's topic")
+                check_speaker(node, want.node)
                 self._want(want)
-            elif named is not None and not parse_document(Status, message.payload).online:
-                for offer in self._offers.values():
-                    offer.carousel.leave(named[0])
+            elif kind == "status":
+                status = parse_document(Status, message.payload)
+                check_speaker(node, status.node)
+                self._status(status, retained=message.retained)
         except AmperageError as error:
-            self.refused += 1
-            log.warning("message_refused", topic=message.topic, code=str(error.code), reason=error.message)
+            self.refusals.add(message.topic, error)
+
+    def _status(self, status: Status, *, retained: bool) -> None:
+        """Offline or a new life: what the old one wanted is void at once."""
+        before = self._presence.get(status.node)
+        after = after_status(before, status, retained=retained)
+        if after is None:
+            return
+        self._presence[status.node] = after
+        if not after.online or (before is not None and before.boot_id != after.boot_id):
+            for offer in self._offers.values():
+                offer.carousel.drop(status.node)
 
     def _want(self, want: Want) -> None:
-        offer = self._offers.get(want.artifact)
-        if offer is None:
-            path = self.library.pack_path(want.artifact)
-            if path is None:
-                log.warning("artifact_unknown", node=want.node, artifact=want.artifact)
-                return
-            manifest = self.library.manifest(want.artifact)
-            carousel = Carousel(manifest.frame_count, self.epoch)
-            offer = _Offer(manifest, carousel, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-            self._offers[want.artifact] = offer
-        offer.carousel.want(want, time.monotonic())
+        offer = self._offers.get(want.artifact) or self._open(want.artifact)
+        if want.frames != offer.carousel.frames:
+            raise ArtifactError(Code.BAD_DOCUMENT, f"want of {want.frames} frames for {offer.carousel.frames}")
+        seen = (want.seen_epoch, want.seen_seq)
+        offer.carousel.on_want(want.node, want.missing_frames(), seen, want.credit, time.monotonic())
+
+    def _open(self, artifact: str) -> _Offer:
+        path = self._library.pack_path(artifact)
+        if path is None:
+            raise ArtifactError(
+                Code.DOCUMENT_MISSING, f"artifact {artifact[:12]}… is wanted and was never published here"
+            )
+        manifest = self._library.manifest(artifact)
+        carousel = Carousel(manifest.frame_count, len(manifest.index_frames), self.epoch)
+        offer = _Offer(manifest, carousel, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        self._offers[artifact] = offer
+        return offer

@@ -1,86 +1,167 @@
-"""`amperage fleet serve`: wires broker, depot, controller and API, and serves until SIGTERM."""
+"""`amperage fleet serve`: wires broker, depot, controller and API, and serves until SIGTERM.
+
+Invariant: the process ends when one of its parts dies, with exit status 1, so that whoever supervises it starts it
+anew; on SIGTERM and SIGINT every part is stopped in reverse order and the status is 0.
+"""
 
 import contextlib
 import os
+import signal
 import socket
 import stat
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import structlog
 import uvicorn
+from starlette.applications import Starlette
 
 from fleet.api import fleet_app
 from fleet.broker import PrivateBroker
-from fleet.controller import Controller
+from fleet.controller import Controller, Policy, Stores
 from fleet.database import Database
 from fleet.depot import Depot
 from fleet.library import Library
 from fleet.settings import FleetSettings
 from host.files import make_directory, read_bounded
-from host.keys import load_signer
+from host.keys import Signer, load_signer
 from host.link import Broker
 from host.notify import notify_ready, notify_stopping
 from wire.documents import DOCUMENT_LIMIT_BYTES, parse_document
-from wire.errors import ConfigError
-from wire.signing import TrustPolicy
+from wire.errors import AmperageError, ArtifactError, Code, ConfigError, StoreError
+from wire.signing import Role, TrustPolicy, open_envelope
 from wire.topics import Topics
 
 log = structlog.get_logger()
 
 SOCKET_MODE = 0o660
+BACKLOG = 64
+GRACE_S = 5
+"""Seconds that open requests get at the end."""
 
 
 def serve(settings: FleetSettings) -> None:
-    """Serve until SIGTERM or SIGINT. Raises ConfigError when keys, trust or socket cannot be used."""
-    make_directory(settings.directory)
+    """Serve until SIGTERM or SIGINT.
+
+    Raises ConfigError when keys, trust, broker or socket cannot be used, AmperageError when a part died.
+    """
+    policy = _policy(settings)
+    died = threading.Event()
     with contextlib.ExitStack() as stack:
-        broker = settings.broker
-        if broker is None:
-            private = stack.enter_context(PrivateBroker(settings.directory / "broker"))
-            broker = Broker(host=private.host, port=private.port)
-            log.info("private_broker_started", host=private.host, port=private.port)
-        topics = Topics(settings.root)
-        library = Library(settings.directory)
-        database = Database(settings.directory / "fleet.sqlite")
-        stack.callback(database.close)
-        depot = Depot(broker, topics, library)
-        controller = Controller(
-            broker, topics, database, library, load_signer(settings.desired_key), _read_trust(settings.trust),
-            settings.rollout_deadline_s,
-        )  # fmt: skip
-        listener = bind_socket(settings.api_socket)
-        stack.callback(listener.close)
+        make_directory(settings.directory)
+        broker = settings.broker or _private_broker(settings, stack)
+        stores = Stores(Database(settings.directory / "fleet.sqlite"), Library(settings.directory))
+        stack.callback(stores.database.close)
+        server = _Server(died)
+        depot = Depot(broker, Topics(settings.root), stores.library, server.end)
+        controller = Controller(broker, Topics(settings.root), stores, policy, server.end)
+        listener = stack.enter_context(bound_socket(settings.api_socket))
         for part in (depot, controller):
             part.start()
             stack.callback(part.stop)
-        stack.callback(notify_stopping)
-        app = fleet_app(controller, database, library)
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none", server_header=False)
+        server.run(fleet_app(controller, depot, stores.database, stores.library, broker), listener)
+        notify_stopping()
+    if died.is_set():
+        raise AmperageError(Code.INTERNAL, "a part of the control plane died; its log says why")
+
+
+class _Server:
+    """uvicorn on one inherited socket; `end` may be called from any thread."""
+
+    def __init__(self, died: threading.Event) -> None:
+        self._died = died
+        self._server: uvicorn.Server | None = None
+
+    def end(self) -> None:
+        """A part died."""
+        self._died.set()
+        if self._server is not None:
+            self._server.should_exit = True
+
+    def run(self, app: Starlette, listener: socket.socket) -> None:
+        """Serve until a signal or `end`."""
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, lifespan="off", ws="none", server_header=False,
+            timeout_graceful_shutdown=GRACE_S,
+        )  # fmt: skip
+        self._server = server = uvicorn.Server(config)
+
+        def ask_to_end(_signal: int, _frame: object) -> None:
+            server.should_exit = True
+
+        # uvicorn puts its own handlers in place and, at its end, raises the signal again with these
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, ask_to_end)
+        if self._died.is_set():
+            return
         notify_ready()
-        uvicorn.Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
 
 
-def bind_socket(path: Path) -> socket.socket:
-    """A listening Unix socket for the group; a stale one is removed. Raises ConfigError."""
+@contextlib.contextmanager
+def bound_socket(path: Path) -> Iterator[socket.socket]:
+    """A listening Unix socket for owner and group; one that nobody answers on is replaced. Raises ConfigError."""
+    _check_free(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        make_directory(path.parent)
         with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(path.lstat().st_mode):
-                raise ConfigError(f"{path} exists and is no socket; move it away or choose another path")
             path.unlink()
-        bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o777 & ~SOCKET_MODE)
         try:
-            bound.bind(str(path))
+            listener.bind(str(path))
         finally:
             os.umask(before)
-        bound.listen(64)
-    except OSError as error:
+        listener.listen(BACKLOG)
+    except (OSError, StoreError) as error:
+        listener.close()
         raise ConfigError(f"cannot bind {path}: {error}; a Unix socket's path may have 107 bytes") from error
-    return bound
+    try:
+        yield listener
+    finally:
+        listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+
+def _check_free(path: Path) -> None:
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ConfigError(f"{path} exists and is no socket; move it away or choose another path")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        if probe.connect_ex(str(path)) == 0:
+            raise ConfigError(f"a control plane answers on {path} already; stop it or choose another path")
+
+
+def _private_broker(settings: FleetSettings, stack: contextlib.ExitStack) -> Broker:
+    private = stack.enter_context(PrivateBroker(settings.directory / "broker", settings.private_port))
+    log.info("private_broker_started", host=private.host, port=private.port)
+    return Broker(host=private.host, port=private.port)
+
+
+def _policy(settings: FleetSettings) -> Policy:
+    """Keys and trust, tried on each other: nodes would refuse every order of a key that the policy does not name."""
+    signer, trust = load_signer(settings.desired_key), _read_trust(settings.trust)
+    _check_signer(signer, trust, settings)
+    return Policy(signer, trust, settings.rollout_deadline_s, settings.keep_reports_s)
+
+
+def _check_signer(signer: Signer, trust: TrustPolicy, settings: FleetSettings) -> None:
+    try:
+        open_envelope(signer.sign(Role.DESIRED, b"{}"), Role.DESIRED, trust)
+    except ArtifactError as error:
+        raise ConfigError(
+            f"{settings.trust} does not trust {settings.desired_key} with desired states ({error.code}); "
+            "use files of one `amperage keys init`"
+        ) from error
 
 
 def _read_trust(path: Path) -> TrustPolicy:
     try:
         return parse_document(TrustPolicy, read_bounded(path, DOCUMENT_LIMIT_BYTES))
-    except OSError as error:
+    except (OSError, AmperageError) as error:
         raise ConfigError(f"trust policy {path} cannot be read ({error}); make it with `amperage keys init`") from error

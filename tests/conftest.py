@@ -1,8 +1,12 @@
-"""What all tests share: one private Mosquitto per run."""
+"""What all tests share: one private Mosquitto per run, and the modules beside this file."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 from fleet.broker import PrivateBroker
 

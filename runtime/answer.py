@@ -130,12 +130,8 @@ class Answer:
         messages = [message for message in prompt if isinstance(message, dict)]
         if messages:
             size = sum(len(message["content"]) for message in messages)
-            tokens = await _run(size, lambda: text.encode(text.render(messages), special=False))
-        else:
-            tokens = [token for token in prompt if isinstance(token, int)]
-            if max(tokens, default=0) >= self.version.config.vocab_size:
-                raise InferenceError(Code.BAD_REQUEST, "prompt: a token is outside the model's vocabulary", 400)
-        return tokens
+            return await _run(size, lambda: text.encode(text.render(messages), special=False))
+        return [token for token in prompt if isinstance(token, int)]
 
     def _beginning(self) -> list[int]:
         """What stands for an empty prompt."""

@@ -87,6 +87,7 @@ class Engine:
         deliver: Callable[[Deliveries], None] = deliver_directly,
     ) -> None:  # fmt: skip
         self._model, self.stats, self._deliver = model, stats, deliver
+        self._vocab_size = model.config.vocab_size
         self._open_limit = model.shape.slots + max_queue
         self._changed = threading.Condition()
         self._waiting: deque[Generation] = deque()
@@ -105,8 +106,11 @@ class Engine:
     def submit(self, generation: Generation) -> None:
         """Take a request, from any thread.
 
-        Raises InferenceError: context_exceeded (400), overloaded (429), not_ready (503) after close.
+        Raises InferenceError: bad_request and context_exceeded (400), overloaded (429), not_ready (503) after close.
         """
+        if not generation.prompt or not 0 <= min(generation.prompt) <= max(generation.prompt) < self._vocab_size:
+            # onnxruntime's gather reads outside the weights for such a token instead of failing
+            raise InferenceError(Code.BAD_REQUEST, "prompt: empty, or a token is outside the model's vocabulary", 400)
         capacity = self._model.shape.capacity
         if len(generation.prompt) >= capacity:
             raise InferenceError(

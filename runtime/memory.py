@@ -1,10 +1,25 @@
-"""Memory that the allocator keeps after a model was dropped goes back to the machine."""
+"""Keeping the C heap small: memory of a dropped model goes back to the machine.
+
+Both calls are glibc's; another C library that has none of them loses nothing but tightness.
+"""
 
 import ctypes
 
+_M_ARENA_MAX = -8
+"""malloc.h of glibc."""
+ARENAS = 2
+
+
+def limit_arenas() -> None:
+    """mallopt(3), before threads begin. Every thread that loads a model would otherwise grow an arena of its own:
+    25 MB each for a 4 MB model, up to eight per core."""
+    option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if option is not None:
+        option(_M_ARENA_MAX, ARENAS)
+
 
 def trim_heap() -> None:
-    """malloc_trim(3). Without it nine loads of a 38 MB model grow the process by 40 MB; other C libraries have none."""
+    """malloc_trim(3). Without it nine loads of a 38 MB model grow the process by 40 MB."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -22,6 +22,7 @@ from host.notify import listen_fds, notify_ready, notify_stopping, notify_watchd
 from runtime.admin import make_admin
 from runtime.api import make_api
 from runtime.cpu import allowed_threads, detect_cpu
+from runtime.memory import limit_arenas
 from runtime.model import ONNXRUNTIME
 from runtime.registry import Registry
 from runtime.settings import RuntimeSettings
@@ -70,6 +71,7 @@ def serve(settings: RuntimeSettings) -> None:
     try:
         admin = open_listener(settings.admin_socket, ADMIN_MODE, inherited)
         try:
+            limit_arenas()
             sys.setswitchinterval(SWITCH_INTERVAL_S)
             asyncio.run(_serve(settings, public, admin))
         finally:

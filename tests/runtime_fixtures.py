@@ -1,0 +1,231 @@
+"""Real versions, a store around them, and a real runtime process, for the tests of the runtime."""
+
+import atexit
+import http.client
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx2
+import numpy as np
+from openai import OpenAI
+
+from forge.build import build_version, reseal_version
+from wire.documents import encode_document
+from wire.manifest import VersionDocument
+from wire.serving import ExecutionOptions, Serving, ServingModel
+
+PROJECT = Path(__file__).resolve().parents[1]
+MODEL = "tales"
+Seen = TypeVar("Seen")
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A built version directory."""
+
+    directory: Path
+    document: VersionDocument
+
+    @property
+    def decoded(self) -> str:
+        return self.document.decoded_digest()
+
+    @property
+    def fingerprint(self) -> str:
+        return f"amperage-{self.decoded[:12]}"
+
+
+@cache
+def built(checkpoint: str, version: str) -> Version:
+    """A sample checkpoint as a version, made once per test run."""
+    home = Path(tempfile.mkdtemp(prefix="amperage-runtime-"))
+    atexit.register(shutil.rmtree, home)
+    document = build_version(PROJECT / "samples" / checkpoint, home / "version", (MODEL, version))
+    return Version(home / "version", document)
+
+
+def base_version() -> Version:
+    return built("tales-5m-base", "1.0")
+
+
+def tuned_version() -> Version:
+    return built("tales-5m-finetuned-50", "2.0")
+
+
+def spoiled_version(home: Path) -> Version:
+    """The base with the nibbles of one middle tensor shuffled; its golden vectors are the good ones."""
+    good = base_version()
+    shutil.copytree(good.directory, home)
+    columns = good.document.tensors
+    row = next(r for r, dtype in enumerate(columns.dtype) if dtype == "u4" and ".2." in columns.name[r])
+    weights = np.memmap(home / good.document.files[columns.file[row]].path, dtype=np.uint8, mode="r+")
+    tensor = weights[columns.offset[row] : columns.offset[row] + columns.size_bytes(row)]
+    tensor[:] = np.random.default_rng(3).permutation(tensor)
+    weights.flush()
+    return Version(home, reseal_version(home))
+
+
+def wait_for(what: str, look: Callable[[], Seen | None], timeout_s: float = 20.0) -> Seen:
+    """Poll `look` until it returns something true."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        seen = look()
+        if seen:
+            return seen
+        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s"
+        time.sleep(0.01)
+
+
+@dataclass(slots=True)
+class Node:
+    """A store and the settings of a runtime over it."""
+
+    home: Path
+    extra: str = ""
+    process: subprocess.Popen[bytes] | None = None
+    entries: dict[str, ServingModel] = field(default_factory=dict)
+
+    @property
+    def store(self) -> Path:
+        return self.home / "store"
+
+    @property
+    def public(self) -> Path:
+        return self.home / "inference.sock"
+
+    @property
+    def admin(self) -> Path:
+        return self.home / "admin.sock"
+
+    def install(self, version: Version) -> str:
+        """Put a version into the store without serving it; returns its decoded digest."""
+        target = self.store / "versions" / version.decoded
+        if not target.exists():
+            shutil.copytree(version.directory, target, copy_function=os.link)
+        return version.decoded
+
+    def order(self, version: Version, name: str = MODEL) -> None:
+        """Install a version and name it in serving.json, as the agent does."""
+        self.entries[name] = ServingModel(
+            model=name, release="0" * 64, version=version.document.version, decoded=self.install(version),
+            options=ExecutionOptions(threads=1), cpu="test", onnxruntime="test",
+        )  # fmt: skip
+        self.write()
+
+    def write(self) -> None:
+        temporary = self.store / "serving.tmp"
+        self.store.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(encode_document(Serving(models=tuple(self.entries.values()))))
+        temporary.rename(self.store / "serving.json")
+
+    @property
+    def settings(self) -> Path:
+        path = self.home / "runtime.toml"
+        path.write_text(
+            f'store = "{self.store}"\npublic_socket = "{self.public}"\nadmin_socket = "{self.admin}"\nthreads = 1\n'
+            f"{self.extra}\n"
+        )
+        return path
+
+    def start(self) -> None:
+        self.store.mkdir(parents=True, exist_ok=True)
+        with (self.home / "runtime.log").open("ab") as sink:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "runtime.main", "serve", "--settings", str(self.settings)],
+                stdin=subprocess.DEVNULL, stdout=sink, stderr=sink,
+            )  # fmt: skip
+        wait_for("a listening admin socket", lambda: self.alive() and _listens(self.admin))
+
+    def alive(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, self.log()
+        return True
+
+    def log(self) -> str:
+        return (self.home / "runtime.log").read_text()
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit status."""
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(30)
+
+    def wait_ready(self) -> None:
+        wait_for("readiness", lambda: ask(self.public, "GET", "/v2/health/ready").status == 200)
+
+    def client(self, timeout_s: float = 30.0) -> OpenAI:
+        """The official client over the public socket."""
+        transport = httpx2.HTTPTransport(uds=str(self.public))
+        return OpenAI(
+            base_url="http://localhost/v1", api_key="unused", max_retries=0,
+            http_client=httpx2.Client(transport=transport, timeout=timeout_s),
+        )  # fmt: skip
+
+
+@contextmanager
+def running(home: Path, *versions: Version, extra: str = "") -> Iterator[Node]:
+    """A runtime process that serves the versions, killed at the end."""
+    node = Node(home, extra)
+    for version in versions:
+        node.order(version)
+    node.start()
+    try:
+        if versions:
+            node.wait_ready()
+        yield node
+    finally:
+        assert node.process is not None
+        node.process.kill()
+        node.process.wait(10)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole HTTP answer."""
+
+    status: int
+    body: bytes
+    headers: dict[str, str]
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+def ask(path: Path, method: str, target: str, body: Any = None, timeout_s: float = 30.0) -> Reply:
+    """One request over a Unix socket; a body that is not bytes is sent as JSON."""
+    connection = _Connection(path, timeout_s)
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    try:
+        connection.request(method, target, data)
+        response = connection.getresponse()
+        return Reply(response.status, response.read(), {k.lower(): v for k, v in response.getheaders()})
+    finally:
+        connection.close()
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(str(path)) == 0

@@ -1,0 +1,245 @@
+"""The engine over the real sample model: what batching may change, and what it may not."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from runtime_fixtures import base_version, wait_for
+
+from runtime.engine import End, Engine, Event, Generation, Reason
+from runtime.model import PREFILL_TOKENS, Model, Shape
+from runtime.sampling import Sampling
+from runtime.stats import Stats
+from runtime.text import Text
+from wire.errors import Code, InferenceError
+from wire.serving import ExecutionOptions
+
+GREEDY = Sampling(temperature=0.0)
+TOLERANCE = 0.05
+"""How far, in standard deviations of the row, a token's logit may be below the best of the unbatched step: kernels for
+other batch sizes round differently. Measured differences are below 0.01."""
+SLOTS, CAPACITY, QUEUE = 3, 512, 4
+
+
+def load(slots: int = SLOTS, capacity: int = CAPACITY) -> Model:
+    version = base_version()
+    return Model(version.directory, version.document.config, Shape(slots, capacity), ExecutionOptions(threads=1))
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    return Text(base_version().directory, base_version().document.config)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Model:
+    return load(1)
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    engine = Engine("test", load(), Stats(), max_queue=QUEUE)
+    yield engine
+    engine.close()
+
+
+@dataclass(slots=True)
+class Asked:
+    """One request and what came of it."""
+
+    generation: Generation = field(init=False)
+    tokens: list[int] = field(default_factory=list)
+    end: End | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+    some: threading.Event = field(default_factory=threading.Event)
+
+    def take(self, event: Event) -> None:
+        assert self.end is None, "an event after the end"
+        if isinstance(event, End):
+            self.end = event
+            self.ended.set()
+        else:
+            self.tokens.append(event)
+        self.some.set()
+
+    def wait(self) -> End:
+        assert self.ended.wait(20)
+        assert self.end is not None
+        return self.end
+
+
+def ask(engine: Engine, prompt: list[int], count: int, sampling: Sampling = GREEDY, **more: frozenset[int]) -> Asked:
+    asked = Asked()
+    asked.generation = Generation(prompt, count, sampling, asked.take, **more)
+    engine.submit(asked.generation)
+    return asked
+
+
+def check_greedy(reference: Model, prompt: list[int], tokens: list[int]) -> None:
+    """Every token must be the best of an unbatched, unchunked-by-others step, or as good within the tolerance."""
+    for position, token in enumerate(prompt):
+        row = reference.decode([token], [position])[0]
+    for position, token in enumerate(tokens):
+        assert row.max() - row[token] <= TOLERANCE * row.std(), f"token {position} is not what one step gives"
+        row = reference.decode([token], [len(prompt) + position])[0]
+
+
+def prompts(text: Text) -> list[list[int]]:
+    """Of one token, within a chunk, exactly a chunk, and over several chunks."""
+    long = text.encode(
+        "She opened the letter slowly, and read it twice before she spoke to him again. " * 30, special=False
+    )
+    return [long[:1], long[5:25], long[:PREFILL_TOKENS], long[: 2 * PREFILL_TOKENS + 17], long[3:90]]
+
+
+def test_batched_and_chunked_greedy_equals_one_step_after_another(engine: Engine, reference: Model, text: Text) -> None:
+    asked = [(prompt, ask(engine, prompt, 20 + 7 * i)) for i, prompt in enumerate(prompts(text))]
+    for i, (prompt, one) in enumerate(asked):
+        assert one.wait().reason is Reason.LENGTH
+        assert len(one.tokens) == 20 + 7 * i
+        check_greedy(reference, prompt, one.tokens)
+
+
+def test_kernels_of_other_batch_sizes_stay_far_below_the_tolerance(reference: Model, text: Text) -> None:
+    prompt = text.encode("It was late in the evening when the", special=False)
+    batched = load(4)
+    for position, token in enumerate(prompt):
+        alone = reference.decode([token], [position])[0].copy()
+        for row in batched.decode([token] * 4, [position] * 4):
+            assert np.abs(row - alone).max() < TOLERANCE / 2 * alone.std()
+    prefilled = load(1).prefill(0, prompt, 0)
+    assert np.abs(prefilled - alone).max() < TOLERANCE / 2 * alone.std()
+
+
+def test_request_that_joins_later_leaves_the_running_one_as_it_was(
+    engine: Engine, reference: Model, text: Text
+) -> None:
+    first, second = prompts(text)[1], prompts(text)[3]
+    running = ask(engine, first, 200)
+    assert running.some.wait(20)
+    joined = ask(engine, second, 10)
+    assert joined.wait().reason is Reason.LENGTH
+    assert running.wait().reason is Reason.LENGTH
+    check_greedy(reference, first, running.tokens)
+    check_greedy(reference, second, joined.tokens)
+
+
+def test_end_token_ends_the_answer_and_is_no_part_of_it(engine: Engine, text: Text) -> None:
+    prompt = prompts(text)[1]
+    free = ask(engine, prompt, 10)
+    free.wait()
+    ended = ask(engine, prompt, 10, ends=frozenset([free.tokens[4]]))
+    assert ended.wait().reason is Reason.STOP
+    assert ended.tokens == free.tokens[: free.tokens.index(free.tokens[4])]
+
+
+def test_same_seed_at_the_same_load_gives_the_same_answer(engine: Engine, text: Text) -> None:
+    sampling = Sampling(temperature=0.9, top_p=0.95, seed=11)
+    answers = []
+    for _ in range(2):
+        one = ask(engine, prompts(text)[1], 30, sampling)
+        one.wait()
+        answers.append(one.tokens)
+    assert answers[0] == answers[1]
+
+
+def test_cancelled_request_ends_at_once_and_the_others_go_on(engine: Engine, reference: Model, text: Text) -> None:
+    all_prompts = prompts(text)
+    asked = [ask(engine, prompt, 150) for prompt in all_prompts[:SLOTS]]
+    assert all(one.some.wait(20) for one in asked)
+    engine.cancel(asked[0].generation)
+    assert asked[0].wait().reason is Reason.CANCELLED
+    assert len(asked[0].tokens) < 150
+    for prompt, one in zip(all_prompts[1:SLOTS], asked[1:], strict=True):
+        assert one.wait().reason is Reason.LENGTH
+        check_greedy(reference, prompt, one.tokens)
+    assert engine.open == 0
+
+
+def test_full_queue_refuses_with_429_and_a_time_to_come_back(engine: Engine, text: Text) -> None:
+    prompt = prompts(text)[1]
+    asked = [ask(engine, prompt, 400) for _ in range(SLOTS + QUEUE)]
+    with pytest.raises(InferenceError) as refusal:
+        ask(engine, prompt, 1)
+    assert (refusal.value.code, refusal.value.http_status) == (Code.OVERLOADED, 429)
+    assert refusal.value.retry_after_s is not None
+    assert refusal.value.retry_after_s >= 1
+    for one in asked:
+        engine.cancel(one.generation)
+    wait_for("an empty engine", lambda: engine.open == 0)
+    assert ask(engine, prompt, 1).wait().reason is Reason.LENGTH
+
+
+def test_request_that_waits_is_cancelled_without_having_run(engine: Engine, text: Text) -> None:
+    prompt = prompts(text)[1]
+    busy = [ask(engine, prompt, 300) for _ in range(SLOTS)]
+    assert all(one.some.wait(20) for one in busy)
+    waiting = ask(engine, prompt, 300)
+    engine.cancel(waiting.generation)
+    assert engine.open <= SLOTS
+    for one in busy:
+        assert one.wait().reason is Reason.LENGTH
+    assert waiting.tokens == []
+
+
+def test_prompt_over_the_context_is_a_clear_400(engine: Engine) -> None:
+    with pytest.raises(InferenceError, match=f"context {CAPACITY}") as refusal:
+        ask(engine, [5] * CAPACITY, 1)
+    assert (refusal.value.code, refusal.value.http_status) == (Code.CONTEXT_EXCEEDED, 400)
+
+
+@pytest.mark.parametrize("token", [-1, 4096, 1 << 40])
+def test_token_outside_the_vocabulary_is_refused(engine: Engine, token: int) -> None:
+    with pytest.raises(InferenceError, match="vocabulary") as refusal:
+        ask(engine, [5, token], 1)
+    assert refusal.value.http_status == 400
+
+
+def test_answer_stops_where_the_context_ends(engine: Engine) -> None:
+    one = ask(engine, [5] * (CAPACITY - 3), 100)
+    assert one.wait().reason is Reason.LENGTH
+    assert len(one.tokens) == 3
+
+
+def test_step_that_fails_fails_its_requests_and_the_engine_goes_on(engine: Engine, text: Text) -> None:
+    session, engine._model._session = engine._model._session, None
+    broken = ask(engine, prompts(text)[1], 5)
+    end = broken.wait()
+    engine._model._session = session
+    assert end.reason is Reason.FAILED
+    assert end.error is not None
+    assert end.error.code is Code.INTERNAL
+    assert engine.stats.snapshot().failures == 1
+    assert ask(engine, prompts(text)[1], 3).wait().reason is Reason.LENGTH
+
+
+def test_close_ends_what_is_open_and_refuses_what_comes(text: Text) -> None:
+    engine = Engine("closing", load(), Stats(), max_queue=QUEUE)
+    asked = [ask(engine, prompts(text)[1], 400) for _ in range(SLOTS + 1)]
+    engine.close()
+    assert {one.wait().reason for one in asked} == {Reason.CANCELLED}
+    with pytest.raises(InferenceError) as refusal:
+        ask(engine, [1], 1)
+    assert refusal.value.http_status == 503
+
+
+def test_counters_add_up(engine: Engine, text: Text) -> None:
+    for one in [ask(engine, prompt, 12) for prompt in prompts(text)]:
+        one.wait()
+    figures = engine.stats.snapshot()
+    assert figures.requests == len(prompts(text))
+    assert figures.prompt_tokens == sum(map(len, prompts(text)))
+    assert figures.completion_tokens == 12 * len(prompts(text))
+    assert figures.failures == 0
+    assert figures.busy_s > 0
+    assert figures.latency_p50_s is not None
+    assert figures.first_token_p50_s is not None
+    assert figures.first_token_p50_s <= figures.latency_p50_s
+    assert figures.tokens_per_s is not None

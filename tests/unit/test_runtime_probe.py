@@ -1,0 +1,173 @@
+"""Every verdict of a probe, provoked for real in a real child."""
+
+import asyncio
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from runtime_fixtures import Version, base_version, spoiled_version, tuned_version, wait_for
+
+from forge.build import reseal_version
+from runtime.probe import run_probe
+from runtime.settings import RuntimeSettings
+from wire.serving import ProbeReport, ProbeRequest, ProbeVerdict
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> Path:
+    home = tmp_path / "versions"
+    home.mkdir()
+    return home
+
+
+def install(versions: Path, version: Version) -> str:
+    shutil.copytree(version.directory, versions / version.decoded)
+    return version.decoded
+
+
+def probe(versions: Path, candidate: str, *, incumbent: str | None = None, timeout_s: float = 60.0,
+          memory_bytes: int = 0) -> ProbeReport:  # fmt: skip
+    settings = RuntimeSettings(store=versions.parent, threads=1, probe_memory_bytes=memory_bytes)
+    request = ProbeRequest(candidate=candidate, incumbent=incumbent, timeout_s=timeout_s)
+    return asyncio.run(run_probe(versions, request, settings))
+
+
+def children(marker: str) -> Iterator[int]:
+    """Probe children of this process whose command line holds `marker`."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            command = (stat.parent / "cmdline").read_text()
+        except (OSError, IndexError):
+            continue
+        if parent == os.getpid() and marker in command:
+            yield int(stat.parent.name)
+
+
+async def probe_and_signal(versions: Path, candidate: str, number: int, timeout_s: float) -> ProbeReport:
+    """Probe, and send a signal to the child as soon as there is one."""
+    settings = RuntimeSettings(store=versions.parent, threads=1)
+    request = ProbeRequest(candidate=candidate, timeout_s=timeout_s)
+    task = asyncio.create_task(run_probe(versions, request, settings))
+    child = await asyncio.to_thread(wait_for, "a probe child", lambda: next(children(str(versions)), None))
+    os.kill(child, number)
+    return await task
+
+
+def test_right_candidate_passes_with_every_figure(versions: Path) -> None:
+    incumbent, candidate = install(versions, base_version()), install(versions, tuned_version())
+    report = probe(versions, candidate, incumbent=incumbent)
+    assert report.verdict is ProbeVerdict.PASSED, report.detail
+    assert report.golden_rows == 8
+    assert report.golden_error is not None
+    assert report.golden_tolerance is not None
+    assert report.golden_error < report.golden_tolerance / 2
+    assert report.top1_agreement is not None
+    assert report.top1_agreement > 0.5
+    assert report.tokens_per_s is not None
+    assert report.incumbent_tokens_per_s is not None
+    assert report.load_s is not None
+    assert report.peak_rss_bytes is not None
+    assert report.peak_rss_bytes > 30_000_000
+    assert report.options is not None
+    assert report.options.threads == 1
+    assert report.cpu
+    assert report.onnxruntime
+
+
+def test_shuffled_nibbles_of_one_layer_are_a_golden_mismatch(versions: Path, tmp_path: Path) -> None:
+    report = probe(versions, install(versions, spoiled_version(tmp_path / "spoiled")))
+    assert report.verdict is ProbeVerdict.GOLDEN_MISMATCH
+    assert report.golden_error is not None
+    assert report.golden_tolerance is not None
+    assert report.golden_error > report.golden_tolerance
+    assert "tolerance" in report.detail
+
+
+def test_scales_that_are_not_a_number_are_a_golden_mismatch(versions: Path, tmp_path: Path) -> None:
+    good = base_version()
+    home = Path(shutil.copytree(good.directory, tmp_path / "nan"))
+    columns = good.document.tensors
+    row = next(r for r, dtype in enumerate(columns.dtype) if dtype == "f32" and ".2." in columns.name[r])
+    weights = np.memmap(home / good.document.files[columns.file[row]].path, dtype=np.uint8, mode="r+")
+    start = columns.offset[row]
+    weights[start : start + columns.size_bytes(row)].view(np.float32)[:] = np.nan
+    weights.flush()
+    report = probe(versions, install(versions, Version(home, reseal_version(home))))
+    assert report.verdict is ProbeVerdict.GOLDEN_MISMATCH
+    assert report.golden_error is None
+    assert "not finite" in report.detail
+
+
+def test_corrupt_graph_is_a_failed_load(versions: Path) -> None:
+    candidate = install(versions, base_version())
+    graph = versions / candidate / "model.onnx"
+    data = graph.read_bytes().replace(b"GroupQueryAttention", b"GroupQueryAttentiom")
+    graph.write_bytes(data)
+    report = probe(versions, candidate)
+    assert report.verdict is ProbeVerdict.LOAD_FAILED
+    assert "GroupQueryAttentiom" in report.detail
+
+
+def test_version_that_is_not_there_is_a_failed_load(versions: Path) -> None:
+    report = probe(versions, "0" * 64)
+    assert report.verdict is ProbeVerdict.LOAD_FAILED
+    assert "order the release again" in report.detail
+
+
+def test_version_without_golden_vectors_is_a_failed_load(versions: Path, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(base_version().directory, tmp_path / "mute"))
+    (home / "golden.json").write_text('{"schema":1}')
+    report = probe(versions, install(versions, Version(home, reseal_version(home))))
+    assert report.verdict is ProbeVerdict.LOAD_FAILED
+    assert "GoldenSet" in report.detail
+
+
+def test_incumbent_that_is_broken_does_not_harm_the_candidate(versions: Path) -> None:
+    candidate = install(versions, base_version())
+    report = probe(versions, candidate, incumbent="1" * 64)
+    assert report.verdict is ProbeVerdict.PASSED
+    assert report.incumbent_tokens_per_s is None
+
+
+def test_too_little_memory_is_a_verdict(versions: Path) -> None:
+    report = probe(versions, install(versions, base_version()), memory_bytes=200_000_000)
+    assert report.verdict is ProbeVerdict.OUT_OF_MEMORY, report.detail
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_child_that_dies_of_a_signal_is_crashed(versions: Path, number: signal.Signals) -> None:
+    candidate = install(versions, base_version())
+    report = asyncio.run(probe_and_signal(versions, candidate, number, 60.0))
+    assert report.verdict is ProbeVerdict.CRASHED
+    assert number.name in report.detail
+
+
+def test_child_that_hangs_is_killed_in_time(versions: Path) -> None:
+    candidate = install(versions, base_version())
+    report = asyncio.run(probe_and_signal(versions, candidate, signal.SIGSTOP, 1.5))
+    assert report.verdict is ProbeVerdict.TIMEOUT
+    assert not list(children(str(versions)))
+
+
+def test_cancelled_probe_leaves_no_child(versions: Path) -> None:
+    candidate = install(versions, base_version())
+
+    async def cancel() -> None:
+        settings = RuntimeSettings(store=versions.parent, threads=1)
+        task = asyncio.create_task(run_probe(versions, ProbeRequest(candidate=candidate), settings))
+        await asyncio.to_thread(wait_for, "a probe child", lambda: next(children(str(versions)), None))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    assert not list(children(str(versions)))

@@ -220,6 +220,8 @@ def _unpack_fields(data: Bytes, width: int, count: int) -> Integers:
         for byte in range(1, (shift + width + 7) // 8):
             word |= rows[:, first + byte].astype(np.uint32) << (8 * byte)
         values[:, field] = (word >> shift) & ((1 << width) - 1)
+    if values.reshape(-1)[count:].any():
+        raise _bad("bits are set past its last field")
     return values.reshape(-1)[:count]
 
 

@@ -23,12 +23,12 @@ from codec.difference import add
 from codec.plan import Chunk, plan_chunks
 from codec.planes import Bytes, join_planes, split_planes
 from codec.sections import decode_section_into
-from codec.versions import VERSION_FILE, match_streams, read_version
+from codec.versions import VERSION_FILE, Partner, find_partners, read_version
 from wire.digest import digest_of
 from wire.documents import encode_document
 from wire.errors import ArtifactError, Code, StoreError
-from wire.index import Index, parse_index
-from wire.manifest import FileEntry, Layout, Manifest, VersionDocument, streams_of
+from wire.index import Index, SectionCodec, parse_index
+from wire.manifest import SECTION_LIMIT_BYTES, FileEntry, Layout, Manifest, VersionDocument, streams_of
 
 _FILE_MODE = 0o640
 _HASH_BLOCK_BYTES = 1 << 20
@@ -73,10 +73,14 @@ class _Source:
 
 @dataclass(frozen=True, slots=True)
 class _Base:
-    """Where the base holds the stream that one of ours was copied from or subtracted from."""
+    """Where the base holds a stream's partner."""
 
     file: _Source
-    offset: int
+    partner: Partner
+
+    def read(self, start: int, end: int) -> bytes:
+        """Bytes [start, end) of the partner."""
+        return self.file.read(self.partner.stream.offset + start, end - start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +110,21 @@ class _Decoder:
     def _decode_planes(self, chunk: Chunk, planes: Sequence[Bytes]) -> None:
         position = chunk.position
         for section, plane in zip(chunk.sections, planes, strict=True):
-            decode_section_into(section, self.pack.read(position, section.coded_size), plane)
+            dictionary = self._dictionary(chunk) if section.codec is SectionCodec.DICTIONARY else None
+            decode_section_into(section, self.pack.read(position, section.coded_size), plane, dictionary)
             position += section.coded_size
 
     def _base_bytes(self, chunk: Chunk) -> Bytes:
         base = self.bases[chunk.row]
-        if base is None:
+        if base is None or not base.partner.alike:
             raise _wrong_base(f"it lacks stream {chunk.stream.name or chunk.stream.path}")
-        return np.frombuffer(base.file.read(base.offset + chunk.start, chunk.end - chunk.start), np.uint8)
+        return np.frombuffer(base.read(chunk.start, chunk.end), np.uint8)
+
+    def _dictionary(self, chunk: Chunk) -> bytes | None:
+        base = self.bases[chunk.row]
+        if chunk.operation != "f" or base is None or base.partner.stream.size_bytes > SECTION_LIMIT_BYTES:
+            return None
+        return base.read(0, base.partner.stream.size_bytes)
 
 
 def _read_index(manifest: Manifest, pack: _Source) -> Index:
@@ -137,8 +148,8 @@ def _open_bases(manifest: Manifest, base: Path | None, stack: ExitStack) -> list
     if version.decoded_digest() != manifest.base:
         raise _wrong_base(f"it needs {manifest.base[:12]}…, this is {version.decoded_digest()[:12]}…")
     files = _open_files(version, base, stack)
-    matches = match_streams(streams, streams_of(version))
-    return [None if found is None else _Base(files[found.file], found.offset) for found in matches]
+    partners = find_partners(streams, streams_of(version))
+    return [None if partner is None else _Base(files[partner.stream.file], partner) for partner in partners]
 
 
 def _open_files(version: VersionDocument, directory: Path, stack: ExitStack) -> list[_Source]:

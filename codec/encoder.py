@@ -26,10 +26,10 @@ from codec.entropy import byte_histogram, entropy_bytes
 from codec.plan import cut
 from codec.planes import PLANE_NAMES, Bytes, split_planes
 from codec.sections import CodedSection, encode_section
-from codec.versions import check_version, match_streams, stream_bytes
+from codec.versions import check_version, find_partners, stream_bytes
 from wire.digest import digest_of
 from wire.index import Index, Section, encode_index
-from wire.manifest import FRAME_BYTES, Stream, VersionDocument, streams_of
+from wire.manifest import FRAME_BYTES, SECTION_LIMIT_BYTES, Stream, VersionDocument, streams_of
 
 Progress = Callable[[int, int], None]
 """Called with (stored bytes coded so far, stored bytes in all), from the caller's thread."""
@@ -60,6 +60,16 @@ class EncodedPack:
 
 
 @dataclass(frozen=True, slots=True)
+class _Source:
+    """A stream's bytes, what the base has to subtract from, and what it has to refer to."""
+
+    stream: Stream
+    new: Bytes
+    old: Bytes | None
+    dictionary: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
     """One chunk of a stream, to be coded by one operation."""
 
@@ -67,6 +77,7 @@ class _Job:
     new: Bytes
     old: Bytes | None
     """The base's bytes for a difference, None for a full chunk."""
+    dictionary: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,16 +137,19 @@ def _code_streams(
     streams: Sequence[Stream], directory: Path, base: tuple[VersionDocument, Path] | None
 ) -> Iterator[_CodedStream]:
     """Every stream in order, by the smallest of its candidates."""
-    matches = match_streams(streams, streams_of(base[0])) if base else [None] * len(streams)
-    news = [stream_bytes(directory, stream) for stream in streams]
-    olds = [stream_bytes(base[1], found) if base and found else None for found in matches]
-    plans = [_candidates(new, old) for new, old in zip(news, olds, strict=True)]
+    sources = list(_open_sources(streams, directory, base))
+    plans = [_candidates(source) for source in sources]
     jobs = (
-        _Job(stream, new[start:end], old[start:end] if operation == "d" and old is not None else None)
-        for stream, new, old, operations in zip(streams, news, olds, plans, strict=True)
+        _Job(
+            source.stream,
+            source.new[start:end],
+            source.old[start:end] if operation == "d" and source.old is not None else None,
+            source.dictionary,
+        )
+        for source, operations in zip(sources, plans, strict=True)
         for operation in operations
         if operation != "c"
-        for start, end in cut(stream)
+        for start, end in cut(source.stream)
     )
     coded = _in_order(jobs)
     for stream, operations in zip(streams, plans, strict=True):
@@ -144,11 +158,26 @@ def _code_streams(
         yield min(tried, key=lambda candidate: candidate.size_bytes)
 
 
-def _candidates(new: Bytes, old: Bytes | None) -> str:
+def _open_sources(
+    streams: Sequence[Stream], directory: Path, base: tuple[VersionDocument, Path] | None
+) -> Iterator[_Source]:
+    partners = find_partners(streams, streams_of(base[0])) if base else [None] * len(streams)
+    for stream, partner in zip(streams, partners, strict=True):
+        new = stream_bytes(directory, stream)
+        if base is None or partner is None:
+            yield _Source(stream, new, None, None)
+            continue
+        old = stream_bytes(base[1], partner.stream)
+        # Tensors have no repetitions that a dictionary could serve; whole files such as JSON and graphs have.
+        usable = not stream.name and old.size <= SECTION_LIMIT_BYTES
+        yield _Source(stream, new, old if partner.alike else None, old.tobytes() if usable else None)
+
+
+def _candidates(source: _Source) -> str:
     """Operations to try, the one without base first: it wins where two are equal."""
-    if old is None:
+    if source.old is None:
         return "f"
-    return "c" if np.array_equal(new, old) else "fd"
+    return "c" if np.array_equal(source.new, source.old) else "fd"
 
 
 def _in_order(jobs: Iterable[_Job]) -> Iterator[_CodedChunk]:
@@ -165,12 +194,14 @@ def _in_order(jobs: Iterable[_Job]) -> Iterator[_CodedChunk]:
 
 
 def _code_chunk(job: _Job) -> _CodedChunk:
-    planes, sparse = split_planes(job.stream.layout, job.new), None
+    planes, sparse, dictionary = split_planes(job.stream.layout, job.new), None, job.dictionary
     if job.old is not None:
+        dictionary = None
         sparse = symbol_bits(job.stream.dtype)
         old = split_planes(job.stream.layout, job.old)
         planes = [subtract(job.stream.dtype, n, o) for n, o in zip(planes, old, strict=True)]
-    return tuple(_CodedPlane(encode_section(p, sparse_symbol_bits=sparse), byte_histogram(p)) for p in planes)
+    sections = [encode_section(plane, sparse_symbol_bits=sparse, dictionary=dictionary) for plane in planes]
+    return tuple(_CodedPlane(s, byte_histogram(p)) for s, p in zip(sections, planes, strict=True))
 
 
 def _write_chunks(row: int, chunks: Sequence[_CodedChunk], sink: IO[bytes]) -> Iterator[Section]:

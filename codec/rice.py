@@ -33,6 +33,9 @@ MAX_PALETTE_BITS = 4
 DENSITY_LIMIT = 4
 """At most one symbol in this many may be non-zero: beyond, other codecs are smaller, and memory stays bounded."""
 
+_SPARSE = 32
+"""With more than one event in this many bytes, unpacked nibbles are faster to fill than the bytes of events to find."""
+
 _HEADER = struct.Struct("<BBBBII")
 
 
@@ -158,12 +161,20 @@ def _insert(values: Bytes, places: Integers, symbols: Bytes) -> Bytes:
 
 
 def _place(positions: Integers, values: Bytes, symbol_bits: int, out: Bytes) -> None:
-    out[:] = 0
     if symbol_bits == 8:
+        out[:] = 0
         out[positions] = values
         return
     if values.size and int(values.max()) > 15:
         raise _bad("a nibble exceeds 15")
+    if positions.size * _SPARSE > out.size:
+        nibbles = np.zeros((out.size, 2), np.uint8)
+        nibbles.reshape(-1)[positions] = values
+        pairs = nibbles.view("<u2").reshape(-1)
+        pairs |= pairs >> 4
+        out[:] = pairs.astype(np.uint8)
+        return
+    out[:] = 0
     # Low and high nibbles apart: two symbols of one byte in one assignment by index would lose the first.
     high = (positions & 1).astype(np.bool_)
     low = ~high

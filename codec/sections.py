@@ -9,7 +9,13 @@ from dataclasses import dataclass
 
 from codec.ans import ans_size_bytes, decode_ans_into, encode_ans
 from codec.entropy import byte_histogram
-from codec.huffman import LEVELS, decode_huffman_into, encode_huffman
+from codec.huffman import (
+    LEVELS,
+    decode_dictionary_into,
+    decode_huffman_into,
+    encode_dictionary,
+    encode_huffman,
+)
 from codec.planes import Bytes
 from codec.rice import decode_rice_into, encode_rice
 from wire.errors import ArtifactError, Code
@@ -34,10 +40,13 @@ class CodedSection:
         return Section(stream, plane, self.codec, self.raw_size, len(self.coded), self.crc32)
 
 
-def encode_section(plane: Bytes, *, sparse_symbol_bits: int | None = None) -> CodedSection:
+def encode_section(
+    plane: Bytes, *, sparse_symbol_bits: int | None = None, dictionary: bytes | None = None
+) -> CodedSection:
     """Code `plane` (uint8 [n], n >= 1) with whichever codec is smallest; ties go to the cheaper one to decode.
 
     `sparse_symbol_bits` (4 or 8) marks a difference, where most symbols of that width are zero: Rice is tried too.
+    `dictionary` is what the base holds in the place of the whole stream.
     """
     raw = plane.tobytes()
     candidates = [(SectionCodec.RAW, raw)]
@@ -46,6 +55,9 @@ def encode_section(plane: Bytes, *, sparse_symbol_bits: int | None = None) -> Co
         candidates.append((SectionCodec.RICE, sparse))
     # Level 19 creeps over long runs of zeros (1 MB/s) and finds nothing there that Rice does not say in fewer bits.
     candidates.append((SectionCodec.HUFFMAN, encode_huffman(raw, LEVELS if sparse is None else LEVELS[:1])))
+    prefixed = None if dictionary is None else encode_dictionary(raw, dictionary)
+    if prefixed is not None:
+        candidates.append((SectionCodec.DICTIONARY, prefixed))
     codec, coded = min(candidates, key=lambda candidate: len(candidate[1]))
     worth = min(len(coded) * ANS_SHARE, len(coded) - ANS_LEAST_BYTES)
     if ans_size_bytes(byte_histogram(plane)) < worth:
@@ -55,7 +67,7 @@ def encode_section(plane: Bytes, *, sparse_symbol_bits: int | None = None) -> Co
     return CodedSection(codec, len(raw), zlib.crc32(raw), coded)
 
 
-def decode_section_into(section: Section, coded: bytes, out: Bytes) -> None:
+def decode_section_into(section: Section, coded: bytes, out: Bytes, dictionary: bytes | None = None) -> None:
     """Decode into `out` (uint8 [section.raw_size], contiguous); ArtifactError(bad_section) on anything else."""
     if len(coded) != section.coded_size or out.size != section.raw_size:
         raise ArtifactError(Code.BAD_SECTION, "section is cut short; fetch the artifact again")
@@ -70,7 +82,9 @@ def decode_section_into(section: Section, coded: bytes, out: Bytes) -> None:
             decode_ans_into(coded, out)
         case SectionCodec.RICE:
             decode_rice_into(coded, out)
-        case _:
-            raise ArtifactError(Code.BAD_SECTION, f"codec {section.codec.name} is not known here; upgrade this node")
+        case SectionCodec.DICTIONARY:
+            if dictionary is None:
+                raise ArtifactError(Code.BAD_SECTION, "section needs a base that has no such stream; publish it again")
+            decode_dictionary_into(coded, out, dictionary)
     if zlib.crc32(out.data) != section.crc32:
         raise ArtifactError(Code.BAD_SECTION, "section decodes to other bytes than were packed; fetch it again")

@@ -5,6 +5,7 @@ Nothing here writes.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -69,14 +70,23 @@ def stream_bytes(directory: Path, stream: Stream) -> Bytes:
     return np.memmap(directory / stream.path, np.uint8, "r", offset=stream.offset, shape=(stream.size_bytes,))
 
 
-def match_streams(streams: Sequence[Stream], base: Sequence[Stream]) -> list[Stream | None]:
-    """For each stream the base's stream of the same file, name, size, type and layout, or None."""
+@dataclass(frozen=True, slots=True)
+class Partner:
+    """The base's stream of the same file and name. Only one `alike` (size, type, layout) is copied or subtracted."""
+
+    stream: Stream
+    alike: bool
+
+
+def find_partners(streams: Sequence[Stream], base: Sequence[Stream]) -> list[Partner | None]:
+    """For each stream its partner in the base, None where the base has no stream of that file and name."""
     by_name = {(stream.path, stream.name): stream for stream in base}
-    matches: list[Stream | None] = []
+    partners: list[Partner | None] = []
     for stream in streams:
         found = by_name.get((stream.path, stream.name))
-        same = found is not None and (found.size_bytes, found.dtype, found.layout) == (
-            stream.size_bytes, stream.dtype, stream.layout,
-        )  # fmt: skip
-        matches.append(found if same else None)
-    return matches
+        if found is None:
+            partners.append(None)
+            continue
+        ours = (stream.size_bytes, stream.dtype, stream.layout)
+        partners.append(Partner(found, ours == (found.size_bytes, found.dtype, found.layout)))
+    return partners

@@ -58,7 +58,7 @@ class Answer:
             self.prompt_tokens = len(tokens)
             generation = Generation(
                 tokens, self._wanted.max_tokens or self.version.capacity, self._wanted.sampling, self._take,
-                frozenset() if self._wanted.ignore_eos else frozenset(self.version.config.eos_token_ids),
+                frozenset() if self._wanted.ignore_eos else frozenset(self.version.document.config.eos_token_ids),
             )  # fmt: skip
             self.version.engine.submit(generation)
             self._generation = generation
@@ -135,7 +135,7 @@ class Answer:
 
     def _beginning(self) -> list[int]:
         """What stands for an empty prompt."""
-        token = self.version.config.bos_token_id
+        token = self.version.document.config.bos_token_id
         if token is None:
             raise InferenceError(Code.BAD_REQUEST, "the prompt is empty; send some text", 400)
         return [token]

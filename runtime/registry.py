@@ -22,10 +22,10 @@ from runtime.model import Model, Shape
 from runtime.settings import RuntimeSettings
 from runtime.stats import Stats
 from runtime.text import Text
-from runtime.version import open_version
+from runtime.version import TOKENIZER_FILE, file_digest, open_version
 from wire.documents import parse_document
 from wire.errors import AmperageError, Code, InferenceError
-from wire.manifest import DecoderConfig
+from wire.manifest import VersionDocument
 from wire.serving import ModelStats, Serving, ServingModel
 
 SERVING_FILE = "serving.json"
@@ -39,7 +39,7 @@ class Loaded:
     """One version in memory. `users` counts requests that hold it."""
 
     entry: ServingModel
-    config: DecoderConfig
+    document: VersionDocument
     text: Text
     engine: Engine
     capacity: int
@@ -176,7 +176,7 @@ class Registry:
             place.error = None
             return old
         deliver = delivery_to(asyncio.get_running_loop())
-        fresh = await asyncio.to_thread(load_version, self._settings, entry, deliver)
+        fresh = await asyncio.to_thread(load_version, self._settings, entry, deliver, old)
         place.current, place.error = fresh, None
         _log.info("model serves", model=model, version=entry.version, decoded=entry.decoded)
         if old is not None:
@@ -214,18 +214,24 @@ def read_serving(store: Path) -> Serving:
     return parse_document(Serving, data, limit_bytes=SERVING_LIMIT_BYTES)
 
 
-def load_version(settings: RuntimeSettings, entry: ServingModel, deliver: Callable[[Deliveries], None]) -> Loaded:
-    """Check, load and warm up one version; blocks. Raises ArtifactError, StoreError, DeployError."""
+def load_version(
+    settings: RuntimeSettings, entry: ServingModel, deliver: Callable[[Deliveries], None], old: Loaded | None = None
+) -> Loaded:
+    """Check, load and warm up one version; blocks. Raises ArtifactError, StoreError, DeployError.
+
+    `old` is the version that it follows, whose tokenizer is taken over when it is the same.
+    """
     directory = settings.store / "versions" / entry.decoded
     document, _ = open_version(directory, entry.decoded)
     shape = Shape(settings.max_slots, min(settings.context_tokens, document.config.context_tokens))
     threads = min(entry.options.threads, allowed_threads(settings.threads))
     options = entry.options.model_copy(update={"threads": threads})
-    text = Text(directory, document.config)
+    same = old is not None and file_digest(old.document, TOKENIZER_FILE) == file_digest(document, TOKENIZER_FILE)
+    text = Text(directory, document.config, shared=old.text if old and same else None)
     model = Model(directory, document.config, shape, options)
     model.warm_up()
     engine = Engine(entry.model, model, Stats(), max_queue=settings.max_queue, deliver=deliver)
-    return Loaded(entry, document.config, text, engine, shape.capacity)
+    return Loaded(entry, document, text, engine, shape.capacity)
 
 
 def delivery_to(loop: asyncio.AbstractEventLoop) -> Callable[[Deliveries], None]:

@@ -47,6 +47,11 @@ def open_version(directory: Path, decoded: str | None = None) -> tuple[VersionDo
     return document, digest
 
 
+def file_digest(document: VersionDocument, path: str) -> str | None:
+    """SHA-256 of a file as the document says, None when it lists no such file."""
+    return next((entry.sha256 for entry in document.files if entry.path == path), None)
+
+
 def weights_bytes(document: VersionDocument) -> int:
     """Size of weights.bin."""
     return next(entry.size_bytes for entry in document.files if entry.path == WEIGHTS_FILE)

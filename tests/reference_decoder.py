@@ -34,7 +34,8 @@ def decode(manifest: bytes, pack: bytes, base: Path | None = None) -> dict[str, 
     position = document["index_size_bytes"]
     for number, (stream, operation) in enumerate(zip(streams_of(version), document["operations"], strict=True)):
         path, name, offset, size, dtype, layout = stream
-        partner = partners.get((path, name, size, dtype, layout))
+        described, old_stream = partners.get((path, name), (None, b""))
+        partner = old_stream if described == (size, dtype, layout) else None
         if operation == "c":
             assert partner is not None
             files[path][offset : offset + size] = partner
@@ -46,7 +47,7 @@ def decode(manifest: bytes, pack: bytes, base: Path | None = None) -> dict[str, 
             for plane, row in enumerate(rows):
                 assert row[:2] == (number, plane)
                 assert row[4] == rows[0][4]
-                planes.append(decode_section(row, pack[position : position + row[5]]))
+                planes.append(decode_section(row, pack[position : position + row[5]], old_stream))
                 position += row[5]
             if operation == "d":
                 assert partner is not None
@@ -83,7 +84,7 @@ def streams_of(version: Any) -> list[Stream]:
     return found
 
 
-def read_partners(document: Any, base: Path | None) -> dict[tuple[str, str, int, str, str], bytes]:
+def read_partners(document: Any, base: Path | None) -> dict[tuple[str, str], tuple[tuple[int, str, str], bytes]]:
     if document["base"] is None:
         return {}
     assert base is not None
@@ -91,7 +92,7 @@ def read_partners(document: Any, base: Path | None) -> dict[tuple[str, str, int,
     assert sha256(raw).hexdigest() == document["base"]
     found = {}
     for path, name, offset, size, dtype, layout in streams_of(json.loads(raw)):
-        found[path, name, size, dtype, layout] = (base / path).read_bytes()[offset : offset + size]
+        found[path, name] = ((size, dtype, layout), (base / path).read_bytes()[offset : offset + size])
     return found
 
 
@@ -112,7 +113,7 @@ def frames(data: bytes) -> list[bytes]:
     return [data[i : i + FRAME_BYTES] for i in range(0, len(data), FRAME_BYTES)]
 
 
-def decode_section(row: tuple[int, ...], coded: bytes) -> bytes:
+def decode_section(row: tuple[int, ...], coded: bytes, old_stream: bytes) -> bytes:
     _, _, codec, reserved, size, _, crc = row
     assert reserved == 0
     if codec == 0:
@@ -121,6 +122,8 @@ def decode_section(row: tuple[int, ...], coded: bytes) -> bytes:
         plane = decode_frame(coded)
     elif codec == 2:
         plane = decode_ans(coded, size)
+    elif codec == 3:
+        plane = decode_frame(coded, old_stream)
     else:
         assert codec == 4
         plane = decode_rice(coded, size)

@@ -23,8 +23,9 @@ SPARSE = st.lists(st.sampled_from([0] * 60 + [1, 15, 16, 1, 15, 16, 240, 255, 7]
 
 @pytest.mark.parametrize("changed", [None, 0.02, 0.3])
 def test_reference_decoder_reproduces_the_directory(tmp_path: Path, changed: float | None) -> None:
-    base = make_version(tmp_path / "base", weights=60_000, floats=2000)
-    version = make_version(tmp_path / "v", weights=60_000, floats=2000, changed=changed or 0)
+    text = " ".join(str(n * n) for n in range(2000)).encode()
+    base = make_version(tmp_path / "base", weights=60_000, floats=2000, notes=text)
+    version = make_version(tmp_path / "v", weights=60_000, floats=2000, changed=changed or 0, notes=text[500:] + text)
     against = None if changed is None else (base, tmp_path / "base")
     encoded = encode_pack(version, tmp_path / "v", tmp_path / "p", base=against)
     manifest = make_manifest(version, encoded, None if changed is None else base.decoded_digest())

@@ -176,11 +176,28 @@ def test_zstd_frame_that_is_not_exactly_what_was_signed_is_refused(frame: bytes)
     assert refused.value.code is Code.BAD_SECTION
 
 
-def test_codec_of_a_newer_encoder_is_refused() -> None:
-    row = encode_section(array(bytes(50))).row(0, 0)
-    newer = type(row)(0, 0, SectionCodec.DICTIONARY, row.raw_size, row.coded_size, row.crc32)
-    with pytest.raises(ArtifactError, match="upgrade this node"):
-        decode_section_into(newer, bytes(row.coded_size), filled(50))
+def test_section_like_the_base_takes_the_dictionary() -> None:
+    random = np.random.default_rng(4)
+    base = random.integers(32, 127, 5000).astype(np.uint8)
+    new = np.concatenate([base[:2000], array(b"something else"), base[1990:]])
+    section = encode_section(new, dictionary=base.tobytes())
+    assert section.codec is SectionCodec.DICTIONARY
+    assert len(section.coded) < 100
+    out = filled(new.size)
+    decode_section_into(section.row(0, 0), section.coded, out, base.tobytes())
+    assert np.array_equal(out, new)
+    for other in (None, b"short", bytes(5000), bytes(2 << 20)):
+        with pytest.raises(ArtifactError) as refused:
+            decode_section_into(section.row(0, 0), section.coded, filled(new.size), other)
+        assert refused.value.code is Code.BAD_SECTION
+
+
+@given(PLANES, st.binary(max_size=3000))
+def test_section_round_trip_with_a_dictionary_returns_the_plane(data: bytes, dictionary: bytes) -> None:
+    section = encode_section(array(data), dictionary=dictionary)
+    out = filled(len(data))
+    decode_section_into(section.row(0, 0), section.coded, out, dictionary)
+    assert out.tobytes() == data
 
 
 @given(st.sampled_from(list(Layout)), st.binary(min_size=8, max_size=400))

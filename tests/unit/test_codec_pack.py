@@ -148,6 +148,19 @@ def test_stream_unlike_the_base_is_coded_in_full(tmp_path: Path) -> None:
     assert delta.pack_size_bytes <= full.pack_size_bytes
 
 
+def test_file_that_changed_its_length_refers_to_the_base(tmp_path: Path) -> None:
+    text = " ".join(str(n * n) for n in range(9000)).encode()
+    base, version = make_version(tmp_path / "base", notes=text), make_version(tmp_path / "v", notes=text[:777] + text)
+    delta = encode_pack(version, tmp_path / "v", tmp_path / "p", base=(base, tmp_path / "base"))
+    notes = next(plane for plane in delta.planes if plane.stream == "notes.txt")
+    assert (notes.operation, notes.codecs) == ("f", ("dictionary",))
+    assert notes.coded_bytes < 200
+    (tmp_path / "out").mkdir()
+    manifest = make_manifest(version, delta, base.decoded_digest())
+    decode_pack(manifest, tmp_path / "p", tmp_path / "out", base=tmp_path / "base")
+    assert same_files(tmp_path / "v", tmp_path / "out")
+
+
 def test_delta_without_a_base_is_refused(tmp_path: Path) -> None:
     base, version = make_version(tmp_path / "base"), make_version(tmp_path / "v", changed=0.02)
     delta = encode_pack(version, tmp_path / "v", tmp_path / "p", base=(base, tmp_path / "base"))
@@ -216,7 +229,7 @@ def test_version_larger_than_the_disk_is_refused_before_a_block_is_reserved(tmp_
     encoded = encode_pack(version, tmp_path / "v", tmp_path / "p")
     huge = [version.files[0].model_copy(update={"size_bytes": 1 << 40, "path": f"huge-{n}"}) for n in range(200)]
     lying = version.model_copy(update={"files": (*version.files, *huge)})
-    manifest = make_manifest(version, encoded).model_copy(update={"version": lying, "operations": "f" * 208})
+    manifest = make_manifest(version, encoded).model_copy(update={"version": lying, "operations": "f" * 209})
     (tmp_path / "out").mkdir()
     with files_limited(), pytest.raises(StoreError) as refused:
         decode_pack(manifest, tmp_path / "p", tmp_path / "out")

@@ -1,0 +1,87 @@
+"""Requests that come and go in any order: each gets what it would have got alone, and every slot comes back."""
+
+import sys
+import threading
+from functools import cache
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from runtime_fixtures import base_version
+
+from runtime.engine import End, Engine, Event, Generation, Reason
+from runtime.model import Model, Shape
+from runtime.sampling import Sampling
+from runtime.stats import Stats
+from wire.serving import ExecutionOptions
+
+TOLERANCE = 0.05
+"""As in tests/unit/test_runtime_engine.py."""
+
+
+@cache
+def load(slots: int) -> Model:
+    version = base_version()
+    return Model(version.directory, version.document.config, Shape(slots, 256), ExecutionOptions(threads=1))
+
+
+class Plan:
+    """A request that ends by itself after `count` tokens, or is cancelled by its own sink after `cancel_at`."""
+
+    def __init__(self, engine: Engine, seed: int, size: int, count: int, cancel_at: int | None) -> None:
+        self.prompt = [(seed * 131 + i * 17) % 4000 + 3 for i in range(size)]
+        self.count, self.cancel_at = count, cancel_at
+        self.tokens: list[int] = []
+        self.end: End | None = None
+        self.ended = threading.Event()
+        self.engine = engine
+        self.generation = Generation(self.prompt, count, Sampling(temperature=0.0), self.take)
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, End):
+            self.end = event
+            self.ended.set()
+            return
+        self.tokens.append(event)
+        if len(self.tokens) == self.cancel_at:
+            self.engine.cancel(self.generation)
+
+
+def check(plan: Plan) -> None:
+    """Token by token against an unbatched model."""
+    alone = load(1)
+    for position, token in enumerate(plan.prompt):
+        row = alone.decode([token], [position])[0]
+    for position, token in enumerate(plan.tokens):
+        assert row.max() - row[token] <= TOLERANCE * row.std()
+        row = alone.decode([token], [len(plan.prompt) + position])[0]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.lists(
+        st.tuples(st.integers(1, 150), st.integers(1, 25), st.none() | st.integers(1, 25)), min_size=1, max_size=9
+    ),
+)
+def test_any_mixture_of_requests_gets_what_each_gets_alone(
+    slots: int, shapes: list[tuple[int, int, int | None]]
+) -> None:
+    engine = Engine("property", load(slots), Stats(), max_queue=10)
+    engine._model.close = lambda: None  # type: ignore[method-assign]  # the model is used by the next example too
+    plans = [Plan(engine, i, *shape) for i, shape in enumerate(shapes)]
+    for plan in plans:
+        engine.submit(plan.generation)
+    for plan in plans:
+        assert plan.ended.wait(20)
+        assert plan.end is not None
+        cancelled = plan.cancel_at is not None and plan.cancel_at < plan.count
+        assert plan.end.reason is (Reason.CANCELLED if cancelled else Reason.LENGTH)
+        assert len(plan.tokens) == (plan.cancel_at if cancelled else plan.count)
+    engine.close()
+    assert engine.open == 0
+    for plan in plans:
+        check(plan)

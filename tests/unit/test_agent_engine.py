@@ -362,7 +362,12 @@ def test_roll_back_that_was_decided_is_finished_by_the_next_start(node):
     bad = node.publisher.make("2.0")
     node.runtime.refuses.add(bad.decoded)
     real = node.runtime.load
-    node.runtime.load = lambda model: real(model) if node.row.reason is None else node.runtime._reach()
+
+    def load_until_decided(model):
+        node.runtime.reachable = node.row.reason is None  # once the roll-back is decided, nobody answers
+        real(model)
+
+    node.runtime.load = load_until_decided
     deploy(node, "2.0", 2)
     node.run_until(lambda: node.row.reason is not None)
     assert node.row.state is State.ACTIVATING

@@ -32,6 +32,7 @@ class Display:
             auto_refresh=False,
         )  # fmt: skip
         self._bars: dict[tuple[str, str], TaskID] = {}
+        self._totals: dict[TaskID, int] = {}
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=6, transient=True)
 
     def __enter__(self) -> Self:
@@ -80,6 +81,9 @@ class Display:
         )
         with self._lock:
             self._lifecycle.append(line)
+            bar = self._bars.get((node, version))
+            if state == "decoding" and bar is not None:  # all frames are there, whatever the last report said
+                self._transfers.update(bar, completed=self._totals[bar])
         if not self.console.is_terminal:
             self.console.print(line, soft_wrap=True)
 
@@ -89,6 +93,7 @@ class Display:
             key = (node, version)
             if key not in self._bars:
                 self._bars[key] = self._transfers.add_task(f"{node} fetches {version}", total=total)
+            self._totals[self._bars[key]] = total
             self._transfers.update(self._bars[key], completed=done, total=total)
 
     def _render(self) -> RenderableType:

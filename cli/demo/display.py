@@ -62,6 +62,7 @@ class Display:
             self.say(f"   [red]✗ {step.error}[/red]")
         with self._lock:
             self._steps.remove(step)
+            self._lifecycle.clear()
             for key in list(self._bars):
                 self._transfers.remove_task(self._bars.pop(key))
 

@@ -29,6 +29,8 @@ LOOPBACK = "127.0.0.1"
 MAX_PACKET_BYTES = 1024 * 1024
 """A frame message is below 128 KiB, the want of a 40 GiB artifact about 60 KiB."""
 MAX_QUEUED_BYTES = 64 * 1024 * 1024
+MAX_QUEUED_MESSAGES = 1000
+"""What may wait for one client. QoS 0 frames are counted, not weighed: about 120 MB for a node that reads slowly."""
 LOG_LIMIT_BYTES = 1024 * 1024
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 5.0
@@ -156,6 +158,7 @@ def _configuration(port: int) -> str:
         "persistence false",
         f"max_packet_size {MAX_PACKET_BYTES}",
         f"max_queued_bytes {MAX_QUEUED_BYTES}",
+        f"max_queued_messages {MAX_QUEUED_MESSAGES}",
         "set_tcp_nodelay true",
         "log_dest stderr",
         "log_type error",

@@ -18,19 +18,19 @@ import structlog
 from fleet import rollout as rules
 from fleet.database import Database, DesiredRow
 from fleet.ingest import KINDS, REPORT_LIMIT_BYTES, Batch, Ingest
-from fleet.library import Library
+from fleet.inquiry import ASK_EVERY_S, Inquiry
 from fleet.orders import Orders
 from fleet.outbox import Outbox
+from fleet.releases import Releases, Stores
 from fleet.rollout import NodeOutcome, NodeProgress, Rollout, RolloutState
 from host.keys import Signer
 from host.link import Broker, LinkUp, Received
 from host.mqtt import Connection
-from wire.digest import digest_of
 from wire.documents import encode_document, parse_document
 from wire.errors import ArtifactError, Code, ConfigError, DeployError
 from wire.messages import Ack, Reported
-from wire.release import ArtifactRef, Release, Variant
-from wire.signing import Role, TrustPolicy, open_envelope
+from wire.release import Release
+from wire.signing import TrustPolicy
 from wire.topics import Topics
 
 log = structlog.get_logger()
@@ -41,14 +41,6 @@ BATCH_MESSAGES = 256
 TICK_S = 0.25
 PUMP_S = 0.02
 FORGET_EVERY_S = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Stores:
-    """What is on the control plane's disk."""
-
-    database: Database
-    library: Library
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +68,6 @@ class Controller:
         self.ingest = Ingest(topics, database)
         self._topics = topics
         self._database = database
-        self._library = stores.library
         self._orders = Orders(database, policy.signer)
         self._policy = policy
         self._on_death = on_death
@@ -85,6 +76,8 @@ class Controller:
         for kind in KINDS:
             self._link.subscribe(topics.every_node(kind), qos=1)
         self._outbox = Outbox(self._link)
+        self._inquiry = Inquiry(self._link, topics)
+        self._releases = Releases(stores, policy.trust, topics, self._outbox)
         self._lock = threading.RLock()
         self._reported = _stored_reports(database)
         self._changed: set[str] = set()
@@ -115,21 +108,10 @@ class Controller:
     # for the API, from any thread
 
     def add_release(self, envelope: bytes) -> tuple[str, Release]:
-        """Verify and keep a release whose manifests and packs are in the library, and publish its documents.
-
-        Raises ArtifactError: signature faults, bad_document, document_missing, bad_manifest.
-        """
-        release = parse_document(Release, open_envelope(envelope, Role.RELEASE, self._policy.trust))
-        digest = digest_of(envelope)
-        for variant in release.variants:
-            self._check_artifact(variant, variant.full, None)
-            for delta in variant.deltas:
-                self._check_artifact(variant, delta, delta.base)
-        self._database.save_release(digest, (release.model, release.version, release.sequence), envelope)
-        self._publish_documents(digest, envelope, release)
+        """See Releases.add; the documents go out at once."""
+        added = self._releases.add(envelope)
         self._wake()
-        log.info("release_published", model=release.model, version=release.version, release=digest)
-        return digest, release
+        return added
 
     def start_rollout(self, release: str, nodes: list[str], max_failures: int, deadline_s: float | None) -> int:
         """Order `nodes` to run `release`; returns the rollout's number.
@@ -137,7 +119,7 @@ class Controller:
         Raises ConfigError(document_missing) when the release is not here, DeployError(superseded) when a node is at
         work for another rollout of the model.
         """
-        parsed = self._release(release)
+        parsed = self._releases.find(release)
         with self._lock:
             self._check_free(parsed.model, nodes)
             with self._database.transaction():
@@ -170,22 +152,6 @@ class Controller:
     def _wake(self) -> None:
         with suppress(queue.Full):
             self._inbox.put_nowait(None)
-
-    def _release(self, digest: str) -> Release:
-        envelope = self._database.release_envelope(digest)
-        if envelope is None:
-            raise ConfigError(
-                f"release {digest[:12]}… is not here; publish it with `amperage fleet publish`", Code.DOCUMENT_MISSING
-            )
-        return parse_document(Release, open_envelope(envelope, Role.RELEASE, self._policy.trust))
-
-    def _check_artifact(self, variant: Variant, reference: ArtifactRef, base: str | None) -> None:
-        manifest = self._library.manifest(reference.manifest)
-        name = f"artifact {reference.manifest[:12]}…"
-        if self._library.pack_path(reference.manifest) is None:
-            raise ArtifactError(Code.DOCUMENT_MISSING, f"the pack of {name} is not here; upload it before the release")
-        if manifest.decoded != variant.decoded or manifest.base != base:
-            raise ArtifactError(Code.BAD_MANIFEST, f"{name} is not what the release says of it; make the release again")
 
     def _check_free(self, model: str, nodes: list[str]) -> None:
         for identity, running in self._running.items():
@@ -223,6 +189,7 @@ class Controller:
                         self.ingest.take(message, batch)
             self._learn(batch)
             self._advance_all(batch)
+            self._ask_the_late()
         for message in received:
             message.ack()
         if time.monotonic() >= self._forget_due_s:
@@ -258,6 +225,17 @@ class Controller:
             if after is not before:
                 self._keep(identity, after)
 
+    def _ask_the_late(self) -> None:
+        """Nodes that were told a while ago and have not ended may have said so without our hearing it."""
+        asked_before_s = time.time() - ASK_EVERY_S
+        late = (
+            node.node
+            for rollout in self._running.values()
+            if rollout.started_s < asked_before_s
+            for node in rollout.unfinished()
+        )
+        self._inquiry.ask(late, time.monotonic())
+
     def _keep(self, identity: int, rollout: Rollout) -> None:
         """Store what became of a rollout; at an early end order back in the same transaction."""
         rows: list[DesiredRow] = []
@@ -281,23 +259,10 @@ class Controller:
         log.info("rollout_ended", rollout=identity, state=rollout.state, reason=rollout.reason)
 
     def _publish_everything(self) -> None:
-        """All that is retained and ours: a broker without persistence has forgotten it."""
-        for row in self._database.releases():
-            envelope = self._database.release_envelope(row["release"]) or b""
-            try:
-                self._publish_documents(row["release"], envelope, self._release(row["release"]))
-            except ArtifactError as error:  # the trust policy may have changed since
-                log.warning("release_not_published", release=row["release"], code=str(error.code), reason=error.message)
+        """All that is retained and ours."""
+        self._releases.announce_all()
         for desired in self._database.all_desired():
             self._send(desired)
-
-    def _publish_documents(self, digest: str, envelope: bytes, release: Release) -> None:
-        self._outbox.put(self._topics.document(digest), envelope, retain=True)
-        for variant in release.variants:
-            for reference in (variant.full, *variant.deltas):
-                manifest = self._library.document(reference.manifest)
-                if manifest is not None:
-                    self._outbox.put(self._topics.document(reference.manifest), manifest, retain=True)
 
     def _send(self, row: DesiredRow) -> None:
         self._outbox.put(self._topics.desired(row.node), row.envelope, retain=True)

@@ -19,10 +19,11 @@ from starlette.applications import Starlette
 
 from fleet.api import fleet_app
 from fleet.broker import PrivateBroker
-from fleet.controller import Controller, Policy, Stores
+from fleet.controller import Controller, Policy
 from fleet.database import Database
 from fleet.depot import Depot
 from fleet.library import Library
+from fleet.releases import Stores
 from fleet.settings import FleetSettings
 from host.files import make_directory, read_bounded
 from host.keys import Signer, load_signer

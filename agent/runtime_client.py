@@ -6,12 +6,12 @@ reachable is TransferError(runtime_unreachable), to be tried again; an answer th
 
 import http.client
 import json
-import socket
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from pydantic import BaseModel
 
+from host.unix_http import UnixConnection
 from wire.documents import encode_document, parse_document
 from wire.errors import AmperageError, ArtifactError, Code, DeployError, TransferError
 from wire.serving import ProbeReport, ProbeRequest, RuntimeStats
@@ -70,7 +70,7 @@ class RuntimeClient:
         return _parse(RuntimeStats, self._call("GET", "/v2/models/stats", None, QUICK_TIMEOUT_S))
 
     def _call(self, method: str, path: str, body: bytes | None, timeout_s: float) -> bytes:
-        connection = _UnixConnection(self._socket, timeout_s)
+        connection = UnixConnection(self._socket, timeout_s)
         try:
             connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
             response = connection.getresponse()
@@ -87,17 +87,6 @@ class RuntimeClient:
         if response.status != http.HTTPStatus.OK:
             raise _refusal(response.status, path, data)
         return data
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path, timeout_s: float) -> None:
-        super().__init__("localhost", timeout=timeout_s)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
 
 
 def _parse(model: type[Answer], data: bytes) -> Answer:

@@ -5,10 +5,8 @@ anew; on SIGTERM and SIGINT every part is stopped in reverse order and the statu
 """
 
 import contextlib
-import os
 import signal
 import socket
-import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,16 +26,15 @@ from fleet.settings import FleetSettings
 from host.files import make_directory, read_bounded
 from host.keys import Signer, load_signer
 from host.link import Broker
-from host.notify import notify_ready, notify_stopping
+from host.notify import listen_fds, notify_ready, notify_stopping
+from host.sockets import PUBLIC_MODE, open_listener
 from wire.documents import DOCUMENT_LIMIT_BYTES, parse_document
-from wire.errors import AmperageError, ArtifactError, Code, ConfigError, StoreError
+from wire.errors import AmperageError, ArtifactError, Code, ConfigError
 from wire.signing import Role, TrustPolicy, open_envelope
 from wire.topics import Topics
 
 log = structlog.get_logger()
 
-SOCKET_MODE = 0o660
-BACKLOG = 64
 GRACE_S = 5
 """Seconds that open requests get at the end."""
 
@@ -57,7 +54,7 @@ def serve(settings: FleetSettings) -> None:
         server = _Server(died)
         depot = Depot(broker, Topics(settings.root), stores.library, server.end)
         controller = Controller(broker, Topics(settings.root), stores, policy, server.end)
-        listener = stack.enter_context(bound_socket(settings.api_socket))
+        listener = stack.enter_context(_listening(settings.api_socket))
         for part in (depot, controller):
             part.start()
             stack.callback(part.stop)
@@ -101,41 +98,15 @@ class _Server:
 
 
 @contextlib.contextmanager
-def bound_socket(path: Path) -> Iterator[socket.socket]:
-    """A listening Unix socket for owner and group; one that nobody answers on is replaced. Raises ConfigError."""
-    _check_free(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _listening(path: Path) -> Iterator[socket.socket]:
+    """The API's socket, for owner and group; its file is removed at the end. Raises ConfigError."""
+    make_directory(path.parent)
+    listener = open_listener(path, PUBLIC_MODE, listen_fds().values())
     try:
-        make_directory(path.parent)
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-        before = os.umask(0o777 & ~SOCKET_MODE)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(before)
-        listener.listen(BACKLOG)
-    except (OSError, StoreError) as error:
-        listener.close()
-        raise ConfigError(f"cannot bind {path}: {error}; a Unix socket's path may have 107 bytes") from error
-    try:
-        yield listener
+        yield listener.socket
     finally:
-        listener.close()
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-
-
-def _check_free(path: Path) -> None:
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise ConfigError(f"{path} exists and is no socket; move it away or choose another path")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        if probe.connect_ex(str(path)) == 0:
-            raise ConfigError(f"a control plane answers on {path} already; stop it or choose another path")
+        listener.socket.close()
+        listener.remove()
 
 
 def _private_broker(settings: FleetSettings, stack: contextlib.ExitStack) -> Broker:

@@ -1,4 +1,4 @@
-"""HTTP/1.1 requests over a Unix socket with the standard library; answers are read up to a bound.
+"""HTTP/1.1 over a Unix socket with the standard library, and one bounded request on it.
 
 Nothing is kept between calls: a connection per request, so a restarted server is no special case.
 """
@@ -20,12 +20,11 @@ class UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: Path, timeout_s: float) -> None:
         super().__init__("localhost", timeout=timeout_s)
         self._path = path
-        self._timeout_s = timeout_s
 
     def connect(self) -> None:
         """Connect; raises OSError."""
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self._timeout_s)
+        self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._path))
 
 

@@ -3,7 +3,6 @@
 import http.client
 import json
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from host.unix_http import UnixConnection
 from wire.documents import parse_document
 from wire.errors import Code, TransferError
 from wire.serving import ModelStats, RuntimeStats
@@ -21,31 +21,17 @@ REFRESH_S = 1.0
 _BOLD, _DIM, _PLAIN, _CLEAR = "\x1b[1m", "\x1b[2m", "\x1b[0m", "\x1b[H\x1b[2J"
 
 
-class UnixConnection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=TIMEOUT_S)
-        self._path = path
-
-    def connect(self) -> None:
-        """Open the socket; raises TransferError(runtime_unreachable)."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        try:
-            self.sock.connect(str(self._path))
-        except OSError as error:
-            raise TransferError(
-                Code.RUNTIME_UNREACHABLE, f"{self._path}: {error.strerror}; is amperage-runtime running?"
-            ) from error
-
-
 def fetch(path: Path, method: str, target: str, body: Any = None) -> tuple[UnixConnection, http.client.HTTPResponse]:
     """Ask; the caller closes the connection. Raises TransferError, also for an answer that says no."""
-    connection = UnixConnection(path)
+    connection = UnixConnection(path, TIMEOUT_S)
     data = json.dumps(body).encode() if body is not None else None
-    connection.request(method, target, data, {"Content-Type": "application/json"} if data else {})
-    response = connection.getresponse()
+    try:
+        connection.request(method, target, data, {"Content-Type": "application/json"} if data else {})
+        response = connection.getresponse()
+    except OSError as error:
+        raise TransferError(
+            Code.RUNTIME_UNREACHABLE, f"{path}: {error.strerror or error}; is amperage-runtime running?"
+        ) from error
     if response.status != http.HTTPStatus.OK:
         text = response.read(ANSWER_LIMIT_BYTES).decode(errors="replace")
         connection.close()

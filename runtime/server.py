@@ -19,6 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from host.notify import listen_fds, notify_ready, notify_stopping, notify_watchdog, watchdog_interval_s
+from host.sockets import ADMIN_MODE, BACKLOG, PUBLIC_MODE, Listener, open_listener
 from runtime.admin import make_admin
 from runtime.api import make_api
 from runtime.cpu import allowed_threads, detect_cpu
@@ -26,7 +27,6 @@ from runtime.memory import limit_arenas
 from runtime.model import ONNXRUNTIME
 from runtime.registry import Registry
 from runtime.settings import RuntimeSettings
-from runtime.sockets import ADMIN_MODE, BACKLOG, PUBLIC_MODE, Listener, open_listener
 
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread may keep the interpreter while another waits: an engine's step is short, the default is 5 ms."""

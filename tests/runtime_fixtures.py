@@ -1,7 +1,6 @@
 """Real versions, a store around them, and a real runtime process, for the tests of the runtime."""
 
 import atexit
-import http.client
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ import numpy as np
 from openai import OpenAI
 
 from forge.build import build_version, reseal_version
+from host.unix_http import UnixConnection
 from wire.documents import encode_document
 from wire.manifest import VersionDocument
 from wire.serving import ExecutionOptions, Serving, ServingModel
@@ -203,20 +203,9 @@ class Reply:
         return json.loads(self.body)
 
 
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: Path, timeout_s: float) -> None:
-        super().__init__("localhost", timeout=timeout_s)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
-
-
 def ask(path: Path, method: str, target: str, body: Any = None, timeout_s: float = 30.0) -> Reply:
     """One request over a Unix socket; a body that is not bytes is sent as JSON."""
-    connection = _Connection(path, timeout_s)
+    connection = UnixConnection(path, timeout_s)
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     try:
         connection.request(method, target, data)

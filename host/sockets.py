@@ -1,4 +1,4 @@
-"""The two Unix sockets: inherited from systemd, or bound here with the modes that make them private.
+"""Unix sockets of servers: inherited from systemd, or bound here with the modes that make them private.
 
 Invariants: the mode is right from the socket's first instant (umask, not chmod afterwards); nothing but a socket that
 nobody answers on is ever removed. A crash leaves the socket's file, which the next start removes.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.sockets import ADMIN_MODE, PUBLIC_MODE, open_listener
+from host.sockets import ADMIN_MODE, PUBLIC_MODE, open_listener
 from wire.errors import ConfigError
 
 

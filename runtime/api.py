@@ -4,10 +4,11 @@ A request keeps the version that it began on until it ends, and `system_fingerpr
 events: the role comes first, `finish_reason` last, then the usage when it was asked for, then [DONE].
 """
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ from runtime.registry import Loaded, Registry
 from runtime.settings import RuntimeSettings
 from wire.errors import InferenceError
 
+UNREAD_GRACE_S = 2.0
+"""Beyond the time of a request, for a client that is slow to read its end."""
 STARTED_S = int(time.time())
 _HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
@@ -99,7 +102,7 @@ async def _complete(request: Request, form: Form, body: ChatRequest | Completion
     answer = Answer(request.app.state.registry, wanted, settings.request_timeout_s)
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(answer, form, include_usage=usage)
+        return EventStream(answer, form, include_usage=usage, limit_s=settings.request_timeout_s + UNREAD_GRACE_S)
     async with answer, watch_client(request.receive, answer.abandon):
         text = "".join([piece async for piece in answer.pieces()])
     choice = form.choice(text, answer.finish_reason, chunk=False)
@@ -110,12 +113,20 @@ class EventStream(Response):
     """A streamed answer. Its status is sent with the first piece, so that a request refused or failed before it has
     an honest status; a failure after it is an `error` event."""
 
-    def __init__(self, answer: Answer, form: Form, *, include_usage: bool) -> None:
+    def __init__(self, answer: Answer, form: Form, *, include_usage: bool, limit_s: float) -> None:
         self.status_code, self.background = 200, None
-        self._answer, self._form, self._include_usage = answer, form, include_usage
+        self._answer, self._form, self._include_usage, self._limit_s = answer, form, include_usage, limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events; raises InferenceError when nothing was sent yet."""
+        """Send the events; raises InferenceError when nothing was sent yet.
+
+        A client that stays but does not read would hold its version for ever: it is left when the time is over.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._limit_s):
+                await self._send(scope, receive, send)
+
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
         async with self._answer, watch_client(receive, self._answer.abandon), aclosing(self._events()) as events:
             try:

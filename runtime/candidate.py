@@ -19,7 +19,7 @@ from runtime.golden import Judgement, judge_model, read_golden, run_prompt
 from runtime.model import ONNXRUNTIME, Model, Shape
 from runtime.text import Text
 from runtime.version import open_version, weights_bytes
-from wire.errors import AmperageError
+from wire.errors import AmperageError, Code, DeployError
 from wire.golden import GoldenSet
 from wire.manifest import VersionDocument
 from wire.serving import ExecutionOptions, ProbeReport, ProbeVerdict
@@ -108,7 +108,7 @@ def _probe(orders: Orders) -> ProbeReport:
     golden = read_golden(orders.candidate, document.config.vocab_size)
     confine(orders.memory_bytes or _memory_bound(orders, document, threads))
     began_s = time.perf_counter()
-    Text(orders.candidate, document.config)
+    _check_text(orders.candidate, document)
     options = ExecutionOptions(threads=threads)
     candidate = _subject(orders.candidate, document, golden, options)
     load_s = time.perf_counter() - began_s
@@ -126,6 +126,14 @@ def _probe(orders: Orders) -> ProbeReport:
     )
 
 
+def _check_text(directory: Path, document: VersionDocument) -> None:
+    """A template that never ends must do so here, where there is a time-out, and not in the server."""
+    text = Text(directory, document.config)
+    tokens = text.encode(text.render([{"role": "user", "content": "Good evening"}]), special=True)
+    if max(tokens, default=0) >= document.config.vocab_size:
+        raise DeployError(Code.LOAD_FAILED, "the tokenizer has words that the model has not; build the version again")
+
+
 def _report(verdict: ProbeVerdict, judged: Judgement, load_s: float) -> ProbeReport:
     return ProbeReport(
         verdict=verdict, detail=judged.fault, golden_rows=judged.rows, golden_error=judged.worst_error,
@@ -134,8 +142,9 @@ def _report(verdict: ProbeVerdict, judged: Judgement, load_s: float) -> ProbeRep
 
 
 def _subject(directory: Path, document: VersionDocument, golden: GoldenSet, options: ExecutionOptions) -> _Subject:
-    longest = max(len(vector.input_ids) for vector in golden.vectors)
-    capacity = min(document.config.context_tokens, longest + MEASURED_TOKENS + 1)
+    capacity = max(len(vector.input_ids) for vector in golden.vectors) + MEASURED_TOKENS + 1
+    if capacity > document.config.context_tokens:
+        raise DeployError(Code.LOAD_FAILED, "a golden prompt is as long as the context; build the version again")
     model = Model(directory, document.config, Shape(1, capacity), options)
     return _Subject(directory, document, golden, options, model)
 

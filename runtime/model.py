@@ -115,11 +115,19 @@ class Model:
             slab[target, :, :length] = slab[source, :, :length]
 
     def warm_up(self) -> None:
-        """Run both shapes once, so that the first request pays for no allocation."""
+        """Run both shapes once: the first request pays for no allocation, and a graph that loads but does not keep
+        the contract shows here. Raises DeployError(load_failed).
+        """
         token = self.config.bos_token_id or 0
-        self.prefill(0, [token] * min(8, self.shape.capacity - 1), 0)
-        for k in range(1, self.shape.slots + 1):
-            self.decode([token] * k, [0] * k)
+        try:
+            self.prefill(0, [token] * min(8, self.shape.capacity - 1), 0)
+            for k in range(1, self.shape.slots + 1):
+                self.decode([token] * k, [0] * k)
+        except Exception as error:  # as in _session
+            self.close()
+            raise DeployError(
+                Code.LOAD_FAILED, f"the graph loads but does not run as its contract says: {str(error)[:500]}"
+            ) from error
 
     def close(self) -> None:
         """Give session and slab back now, whoever still holds this object; it cannot run any more."""

@@ -15,10 +15,10 @@ from pathlib import Path
 import structlog
 
 from host.files import read_bounded
-from runtime.cpu import allowed_threads
+from runtime.cpu import allowed_threads, detect_cpu
 from runtime.engine import Deliveries, Engine
 from runtime.memory import trim_heap
-from runtime.model import Model, Shape
+from runtime.model import ONNXRUNTIME, Model, Shape
 from runtime.settings import RuntimeSettings
 from runtime.stats import Stats
 from runtime.text import Text
@@ -224,6 +224,10 @@ def load_version(
     directory = settings.store / "versions" / entry.decoded
     document, _ = open_version(directory, entry.decoded)
     shape = Shape(settings.max_slots, min(settings.context_tokens, document.config.context_tokens))
+    cpu = str(detect_cpu())
+    if (entry.cpu, entry.onnxruntime) != (cpu, ONNXRUNTIME):
+        _log.warning("options were chosen elsewhere; probe again", model=entry.model, chosen_for=entry.cpu, cpu=cpu,
+                     chosen_with=entry.onnxruntime, onnxruntime=ONNXRUNTIME)  # fmt: skip
     threads = min(entry.options.threads, allowed_threads(settings.threads))
     options = entry.options.model_copy(update={"threads": threads})
     same = old is not None and file_digest(old.document, TOKENIZER_FILE) == file_digest(document, TOKENIZER_FILE)

@@ -32,7 +32,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
-        self._random = np.random.default_rng(sampling.seed)
+        self._random: np.random.Generator | None = None
         self._penalised = bool(sampling.frequency_penalty or sampling.presence_penalty)
         self._counts: dict[int, int] = {}
 
@@ -79,6 +79,8 @@ class Sampler:
         return int(order[self._pick(weights[:kept])])
 
     def _pick(self, weights: NDArray[np.float64]) -> int:
+        if self._random is None:  # seeding takes 0.1 ms, which a greedy request does not pay
+            self._random = np.random.default_rng(self._sampling.seed)
         cumulative = np.cumsum(weights)
         at = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
         return min(at, weights.size - 1)

@@ -199,6 +199,23 @@ def test_client_that_leaves_frees_its_slot(node: Node, stream: bool) -> None:
     assert after.failures == before.failures
 
 
+def test_client_that_leaves_while_it_waits_frees_its_place(node: Node) -> None:
+    wait_idle(node)
+    body = {"model": MODEL, "messages": SAY, "max_tokens": 950, "ignore_eos": True, "stream": True}
+    running_two = [send(node, body) for _ in range(2)]
+    wait_for("two running requests", lambda: stats(node).active == 2)
+    waiting = send(node, body)
+    wait_for("a waiting request", lambda: stats(node).active == 3)
+    waiting.close()
+    wait_for("its place", lambda: stats(node).active == 2)
+    for one in running_two:
+        one.setblocking(False)
+        with one, suppress(BlockingIOError):
+            while piece := one.recv(1 << 16):
+                assert b"[DONE]" not in piece, "a slot was free: this proves nothing"
+    wait_idle(node)
+
+
 def test_request_over_its_time_fails_with_504(tmp_path: Path) -> None:
     with running(tmp_path, base_version(), extra="request_timeout_s = 0.05") as node:
         body = {"model": MODEL, "messages": SAY, "max_tokens": 950, "ignore_eos": True}

@@ -1,7 +1,9 @@
 """One version follows another in a running process: nobody's request fails, and nothing is kept."""
 
+import json
 import re
 import shutil
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import onnx
 import openai
 import pytest
 
@@ -16,8 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from runtime_fixtures import MODEL, Node, Version, ask, base_version, running, tuned_version, wait_for
 
+from agent.runtime_client import RuntimeClient
+from forge.build import reseal_version
 from wire.documents import parse_document
-from wire.serving import RuntimeStats
+from wire.errors import Code, DeployError
+from wire.serving import ProbeRequest, ProbeVerdict, RuntimeStats
 
 pytestmark = pytest.mark.e2e
 SAY: Any = [{"role": "user", "content": "It was late in the evening when the"}]
@@ -73,6 +79,52 @@ def test_stream_across_a_swap_ends_on_its_version_and_later_answers_carry_the_ne
     assert rest[-1].choices[0].finish_reason == "length"
     wait_for("the old version's end", lambda: index(node)[MODEL]["draining"] == 0)
     assert index(node)[MODEL]["version"] == "2.0"
+
+
+def test_client_that_never_reads_does_not_keep_the_old_version(tmp_path: Path) -> None:
+    with running(tmp_path, base_version(), extra="request_timeout_s = 1.0") as node:
+        body = {"model": MODEL, "messages": SAY, "max_tokens": 1000, "ignore_eos": True, "stream": True}
+        data = json.dumps(body).encode()
+        with socket.socket(socket.AF_UNIX) as mute:
+            mute.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            mute.connect(str(node.public))
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: unix\r\nContent-Length: {len(data)}\r\n\r\n"
+            mute.sendall(head.encode() + data)
+            wait_for("a running request", lambda: index_stats(node).models[0].requests == 1)
+            swap(node, tuned_version())
+            assert index(node)[MODEL]["draining"] == 1
+            wait_for("the old version's end", lambda: index(node)[MODEL]["draining"] == 0)
+
+
+def index_stats(node: Node) -> RuntimeStats:
+    return parse_document(RuntimeStats, ask(node.admin, "GET", "/v2/models/stats").body)
+
+
+def test_agents_own_client_understands_every_answer(node: Node) -> None:
+    client = RuntimeClient(node.admin)
+    candidate = node.install(tuned_version())
+    report = client.probe(MODEL, ProbeRequest(candidate=candidate, incumbent=base_version().decoded))
+    assert report.verdict is ProbeVerdict.PASSED
+    node.order(tuned_version())
+    client.load(MODEL)
+    assert client.stats().models[0].decoded == tuned_version().decoded
+    with pytest.raises(DeployError) as refusal:
+        client.load("other")
+    assert refusal.value.code is Code.MODEL_NOT_FOUND
+    client.unload(MODEL)
+    wait_for("no models", lambda: not client.stats().models)
+
+
+def test_graph_that_loads_but_breaks_its_contract_keeps_the_old_version(node: Node, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(base_version().directory, tmp_path / "wrong"))
+    model = onnx.load(str(home / "model.onnx"), load_external_data=False)
+    text = model.SerializeToString().replace(b"logit_rows", b"logit_rowz")
+    (home / "model.onnx").write_bytes(text)
+    node.order(Version(home, reseal_version(home)))
+    reply = ask(node.admin, "POST", LOAD, {})
+    assert (reply.status, reply.json()["code"]) == (422, "load_failed")
+    assert "contract" in reply.json()["error"]
+    assert answering(node) == base_version().fingerprint
 
 
 @dataclass(slots=True)

@@ -131,6 +131,14 @@ def test_version_without_golden_vectors_is_a_failed_load(versions: Path, tmp_pat
     assert "GoldenSet" in report.detail
 
 
+def test_template_that_never_ends_is_a_timeout_here_and_not_in_the_server(versions: Path, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(base_version().directory, tmp_path / "endless"))
+    loops = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+    (home / "chat_template.jinja").write_text(loops)
+    report = probe(versions, install(versions, Version(home, reseal_version(home))), timeout_s=3.0)
+    assert report.verdict is ProbeVerdict.TIMEOUT
+
+
 def test_incumbent_that_is_broken_does_not_harm_the_candidate(versions: Path) -> None:
     candidate = install(versions, base_version())
     report = probe(versions, candidate, incumbent="1" * 64)

@@ -17,6 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cli.terminal import console as standard_console
+
 ROUNDS = 5
 """Fewest rounds whose median is worth telling."""
 
@@ -182,7 +184,7 @@ def table_of(name: str, rows: Sequence[Row]) -> Table:
 
 def show(name: str, rows: Sequence[Row], console: Console | None = None) -> None:
     """Print the table."""
-    (console or Console()).print(table_of(name, rows))
+    (console or standard_console()).print(table_of(name, rows))
 
 
 def save(rows: Sequence[Row], path: Path) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.fleet_client import FleetClient
+from cli.terminal import console
 from wire.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -110,7 +111,7 @@ def rollouts(
         table = Table("node", "outcome", "state", "reason", title=f"rollout {identity}: {answer['state']}")
         for row in answer["nodes"]:
             table.add_row(row["node"], row["outcome"], row["state"], row["reason"] or "")
-    Console().print(table)
+    console().print(table)
 
 
 @app.command()
@@ -134,7 +135,7 @@ def releases(api: Api = DEFAULT_SOCKET, as_json: AsJson = False) -> None:
     table = Table("model", "version", "sequence", "release")
     for row in answer:
         table.add_row(row["model"], row["version"], str(row["sequence"]), row["release"])
-    Console().print(table)
+    console().print(table)
 
 
 @app.command()
@@ -152,7 +153,7 @@ def nodes(api: Api = DEFAULT_SOCKET, as_json: AsJson = False) -> None:
                 row["node"], "yes" if row["online"] else "no", model.get("model", ""), model.get("version", ""),
                 model.get("state", ""), model.get("serving_version") or "", model.get("reason") or "",
             )  # fmt: skip
-    Console().print(table)
+    console().print(table)
 
 
 @app.command()
@@ -173,7 +174,7 @@ def events(
             _time(row["time_s"]), row["node"], row["model"], row["version"], row["after"], row["reason"] or "",
             (row["detail"] or "")[:60],
         )  # fmt: skip
-    Console().print(table)
+    console().print(table)
 
 
 @app.command()
@@ -191,7 +192,7 @@ def telemetry(
     table = Table("time", "node", "CPU", "requests", "tokens", "p50 ms", "power", "method", "source")
     for row in answer:
         table.add_row(*_telemetry_cells(row))
-    Console().print(table)
+    console().print(table)
 
 
 def _telemetry_cells(row: dict[str, Any]) -> list[str]:

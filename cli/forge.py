@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from cli.terminal import console
 from codec.versions import read_version
 from forge.build import Progress as Report
 from forge.build import build_version, parameters_of
@@ -20,7 +21,7 @@ from forge.verify import verify_release
 from host.keys import load_signer
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-console = Console(stderr=True)
+PROGRESS = Console(stderr=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
@@ -102,7 +103,7 @@ def inspect(version_dir: Annotated[Path, typer.Argument(help="Version directory.
     for row, name in enumerate(columns.name):
         shape = " x ".join(str(size) for size in columns.shape[row])
         table.add_row(name, columns.dtype[row], shape, f"{columns.size_bytes(row):,}", columns.layout[row])
-    Console().print(table)
+    console().print(table)
 
 
 def _show_release(summary: ReleaseSummary) -> None:
@@ -117,7 +118,7 @@ def _show_release(summary: ReleaseSummary) -> None:
     table.add_row("full artifact", "", f"{summary.raw_bytes:,}", f"{summary.wire_bytes:,}", "", "")
     if summary.delta_wire_bytes is not None:
         table.add_row("delta", "", "", f"{summary.delta_wire_bytes:,}", "", "")
-    Console().print(table)
+    console().print(table)
     print(f"release {summary.release}")
 
 
@@ -128,14 +129,14 @@ def _print(figures: dict[str, Any], as_json: bool, title: str) -> None:
     table = Table("figure", "value", title=title)
     for key, value in figures.items():
         table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
-    Console().print(table)
+    console().print(table)
 
 
 @contextmanager
 def _progress() -> Iterator[Report]:
     """A progress bar on standard error that follows (what, done, of)."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=PROGRESS, transient=True) as bars:
         task = bars.add_task("start", total=None)
 
         def report(what: str, done: int, total: int) -> None:

@@ -9,8 +9,6 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-import typer
-
 from wire.errors import AmperageError, ConfigError
 
 COMMANDS = {
@@ -55,6 +53,8 @@ def _load(name: str) -> Callable[..., object]:
     place, extra, _ = COMMANDS[name]
     module, _, attribute = place.partition(":")
     try:
+        import typer
+
         found = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]

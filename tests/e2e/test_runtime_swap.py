@@ -278,4 +278,6 @@ def test_memory_is_flat_over_many_swaps(node: Node) -> None:
 
     weights = (base_version().directory / "weights.bin").stat().st_size
     before = settle(6)
-    assert settle(16) - before < 4 * weights, "16 swaps kept more than four models"
+    settle(16)
+    # what drained is told before its memory went back, so the last model's may still be on its way
+    wait_for("memory of at most four models kept by 16 swaps", lambda: rss_bytes() - before < 4 * weights)

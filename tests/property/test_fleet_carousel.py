@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleet.carousel import BUDGET_PASSES, BUDGET_SPARE_FRAMES, GATHER_S, PATIENCE_FIRST_S, Carousel
+from fleet.carousel import (
+    BUDGET_PASSES,
+    BUDGET_SPARE_FRAMES,
+    GATHER_MOST_S,
+    GATHER_S,
+    PATIENCE_FIRST_S,
+    Carousel,
+)
 from wire.bitmap import Bitmap
 from wire.messages import WANT_RENEW_S, WANT_VOID_S
 
@@ -320,6 +327,43 @@ def test_node_that_goes_offline_or_silent_is_sent_nothing_more() -> None:
             carousel.drop("n")
             assert carousel.next_frame(0.2) is None
         assert carousel.readers == 0
+
+
+def test_reader_that_begins_a_new_session_gets_what_was_on_its_way_at_once() -> None:
+    carousel = Carousel(6, 1, epoch=7)
+    missing = Bitmap.full(6)
+    missing.clear(0)
+    carousel.on_want("n", missing, (0, 0), 16, 0.0)
+    while carousel.next_frame(1.0):
+        pass
+    missing.clear(1)
+    carousel.on_want("n", missing, (7, 1), 16, 1.1)
+    assert carousel.next_frame(1.1) is None, "all is on its way"
+    carousel.on_want("n", missing, (0, 0), 16, 1.2)
+    sent = [carousel.next_frame(1.3) for _ in range(4)]
+    assert sorted(found[0] for found in sent if found) == [2, 3, 4, 5]
+
+
+def test_pass_waits_while_readers_keep_coming_but_not_for_ever() -> None:
+    carousel = Carousel(6, 1, epoch=7)
+    missing = Bitmap.full(6)
+    missing.clear(0)
+    now_s = 0.0
+    while now_s < GATHER_MOST_S:
+        carousel.on_want(f"n{now_s}", missing, (0, 0), 16, now_s)
+        assert carousel.next_frame(now_s) is None
+        now_s += 0.8 * GATHER_S
+    assert carousel.next_frame(GATHER_MOST_S) == (1, 1)
+
+
+def test_reader_that_has_seen_the_future_gains_nothing() -> None:
+    carousel = Carousel(50, 1, epoch=7)
+    carousel.on_want("n", Bitmap.full(50), (0, 0), 4, 0.0)
+    for moment in range(1, 4):
+        while carousel.next_frame(float(moment)):
+            pass
+        carousel.on_want("n", Bitmap.full(50), (7, 1 << 62), 4, float(moment))
+    assert carousel.seq == 12, "four frames of credit for each of three wants"
 
 
 def test_greedy_node_that_never_has_enough_is_cut_off_and_others_are_served() -> None:

@@ -95,6 +95,12 @@ def test_deadline_counts_silent_nodes_as_failed_and_orders_them_back() -> None:
     assert "b: deadline_passed" in str(late.reason)
 
 
+def test_report_after_the_end_of_a_rollout_changes_nothing() -> None:
+    for ended in (observe(make_rollout("a", "b"), say("a", failed(RELEASE))), abort(make_rollout("a", "b"), "by hand")):
+        assert observe(ended, say("b", committed(RELEASE))) is ended
+        assert expire(ended, 5000) is ended
+
+
 def test_abort_orders_back_what_has_not_ended() -> None:
     rollout = abort(observe(make_rollout("a", "b"), say("a", committed(RELEASE))), "by hand")
     assert rollout.state is RolloutState.ABORTED

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -23,7 +24,7 @@ from fleet.refusals import Refusals, check_speaker
 from host.link import Broker, Received
 from host.mqtt import Connection
 from wire.documents import parse_document
-from wire.errors import AmperageError, ArtifactError, Code, TransferError
+from wire.errors import AmperageError, ArtifactError, Code, StoreError, TransferError
 from wire.manifest import Manifest
 from wire.messages import FrameMessage, Status, Want
 from wire.topics import Topics
@@ -123,7 +124,13 @@ class Depot:
         return sent
 
     def _publish(self, artifact: str, offer: _Offer, frame: int, seq: int) -> None:
-        message = FrameMessage(self.epoch, seq, frame, read_frame(offer.descriptor, offer.manifest, frame))
+        try:
+            data = read_frame(offer.descriptor, offer.manifest, frame)
+        except StoreError as error:
+            log.warning("pack_unreadable", artifact=artifact, code=str(error.code), reason=error.message)
+            self._offers.pop(artifact).close()  # the nodes ask again, and then it is opened anew
+            return
+        message = FrameMessage(self.epoch, seq, frame, data)
         try:
             self._link.publish(self._topics.frames(artifact), message.encode(), qos=0)
         except TransferError:
@@ -186,6 +193,13 @@ class Depot:
             )
         manifest = self._library.manifest(artifact)
         carousel = Carousel(manifest.frame_count, len(manifest.index_frames), self.epoch)
-        offer = _Offer(manifest, carousel, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        offer = _Offer(manifest, carousel, _open_pack(path))
         self._offers[artifact] = offer
         return offer
+
+
+def _open_pack(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StoreError(Code.IO_ERROR, f"{path} cannot be opened ({error}); check the control plane's disk") from error

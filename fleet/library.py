@@ -22,7 +22,7 @@ from host.files import (
 )
 from wire.digest import verify_digest
 from wire.documents import DOCUMENT_LIMIT_BYTES, parse_document
-from wire.errors import ArtifactError, Code
+from wire.errors import ArtifactError, Code, StoreError
 from wire.index import parse_index
 from wire.manifest import Manifest
 
@@ -133,6 +133,12 @@ class PackUpload:
 
 
 def read_frame(descriptor: int, manifest: Manifest, frame: int) -> bytes:
-    """The bytes of one frame of an open pack."""
+    """The bytes of one frame of an open pack. Raises StoreError (io_error, corrupt when the file was cut)."""
     start, end = manifest.frame_range(frame)
-    return os.pread(descriptor, end - start, start)
+    try:
+        data = os.pread(descriptor, end - start, start)
+    except OSError as error:
+        raise StoreError(Code.IO_ERROR, f"a pack cannot be read ({error}); check the control plane's disk") from error
+    if len(data) != end - start:
+        raise StoreError(Code.CORRUPT, "a pack was cut short on the control plane's disk; publish the release again")
+    return data

@@ -182,3 +182,18 @@ def test_broker_restart_in_the_middle_of_a_fetch_finishes_it(
         depot.stop()
         broker.stop()
         second.stop()
+
+
+def test_pack_that_was_cut_on_disk_is_reported_and_others_are_served(
+    address: Broker, topics: Topics, depot: Depot, library: Library, artifact: Artifact
+) -> None:
+    cut = make_artifact(20 * FRAME_BYTES, seed=3, version="3.0")
+    put(library, cut)
+    path = library.pack_path(cut.digest)
+    assert path
+    with path.open("r+b") as pack:
+        pack.truncate(5 * FRAME_BYTES)
+    with FetchingNode(address, topics, "node-1", cut) as unlucky, FetchingNode(address, topics, "n2", artifact) as node:
+        assert node.done.wait(30)
+        wait(lambda: unlucky.fetch.frames_verified >= 4)
+        assert not unlucky.fetch.refused

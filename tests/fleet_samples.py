@@ -62,7 +62,11 @@ def make_version(version: str = "1.0", model: str = "tales") -> VersionDocument:
 
 
 def make_artifact(
-    data_bytes: int = 3 * FRAME_BYTES + 17, seed: int = 1, version: str = "1.0", base: str | None = None
+    data_bytes: int = 3 * FRAME_BYTES + 17,
+    seed: int = 1,
+    version: str = "1.0",
+    base: str | None = None,
+    model: str = "tales",
 ) -> Artifact:
     """A pack of `data_bytes` random bytes behind its index."""
     data = random.Random(seed).randbytes(data_bytes)
@@ -72,7 +76,7 @@ def make_artifact(
     index = encode_index(Index(hashes, sections))
     assert len(index) == index_size(len(hashes), len(sections))
     frames = tuple(digest_of(index[i : i + FRAME_BYTES]) for i in range(0, len(index), FRAME_BYTES))
-    document = make_version(version)
+    document = make_version(version, model)
     manifest = Manifest(
         decoded=document.decoded_digest(), version=document, base=base, operations="f", index_size_bytes=len(index),
         index_frames=frames, pack_size_bytes=len(index) + data_bytes, golden=document.files[0].sha256,

@@ -143,11 +143,13 @@ def test_hostile_messages_are_counted_and_others_are_served(
     wait(link.is_up)
     frames = artifact.manifest.frame_count
     honest = Want(node="node-1", artifact=artifact.digest, frames=frames, missing="", credit=1)
+    first = Want.encode_missing(Bitmap(frames + 1, bytes([1] + [0] * (frames // 8))))  # fits the true number too
+    assert (frames + 1 + 7) // 8 == (frames + 7) // 8
     bad = [
         b"", b"{", b"\xff" * 100, b'{"schema":2}',
         encode_document(honest),  # in the name of another node
         encode_document(honest.model_copy(update={"node": "hostile"})),  # a bitmap that does not fit
-        encode_document(honest.model_copy(update={"node": "hostile", "frames": 7})),
+        encode_document(honest.model_copy(update={"node": "hostile", "frames": frames + 1, "missing": first})),
         encode_document(honest.model_copy(update={"node": "hostile", "artifact": "f" * 64})),
         encode_document(honest.model_copy(update={"node": "hostile", "missing": "!"})),
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from fleet_samples import BOOT, Artifact, Publisher, ReportingNode, committed, f
 
 from cli.fleet_client import FleetClient
 from fleet.broker import PrivateBroker
+from fleet.inquiry import ASK_EVERY_S
 from host.link import Broker
 from host.unix_http import request
 from wire.errors import AmperageError, Code
@@ -218,7 +219,7 @@ def test_failure_after_a_new_attempt_counts_even_when_the_report_came_first(site
     identity = site.order(release, "node-1")
     wait(lambda: site.generation("node-1") == 2)
     node.say("event", node.event(1, release, State.ADMITTED))
-    assert site.ended(identity)["state"] == "stopped"
+    wait(lambda: site.rollout(identity)["state"] == "stopped", ASK_EVERY_S / 2)  # without asking for the report again
 
 
 def test_release_by_a_stranger_is_refused_with_the_code(site: Site) -> None:

@@ -1,7 +1,7 @@
 """The I/O of a fetch: the bulk connection, the staging file, and the journal rows that make progress durable.
 
 Runs on the engine's thread. Invariant: fdatasync of the staging file comes before the journal row that calls its frames
-verified; so a crash costs at most the window of agent/fetch.py and no journalled frame is ever fetched again.
+verified; so a crash costs at most the window of wire/fetch.py and no journalled frame is ever fetched again.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from agent.fetch import Fetch, Judgement, credit_for
 from agent.journal import Journal
 from agent.mailbox import Port
 from agent.store import Store
@@ -20,6 +19,7 @@ from host.link import LinkFigures, Publication, Received, Will
 from wire.bitmap import Bitmap
 from wire.documents import encode_document
 from wire.errors import ArtifactError
+from wire.fetch import Fetch, Judgement, credit_for
 from wire.index import parse_index
 from wire.manifest import Manifest
 from wire.messages import FrameMessage, Want

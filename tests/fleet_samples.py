@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from agent.fetch import Fetch, Judgement, credit_for
 from host.keys import create_key, load_signer
 from host.link import Broker, LinkUp, Received, Will
 from host.mqtt import Connection
 from wire.bitmap import Bitmap
 from wire.digest import digest_of
 from wire.documents import encode_document, parse_document
+from wire.fetch import Fetch, Judgement, credit_for
 from wire.index import Index, Section, SectionCodec, encode_index, index_size
 from wire.manifest import FRAME_BYTES, DecoderConfig, FileEntry, Manifest, Requirements, TensorColumns, VersionDocument
 from wire.messages import Ack, Desired, Event, FrameMessage, ModelReport, Reported, State, Status, Want

@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
 
 from agent_simulators import NODE, Publisher
 
-from agent.fetch import Fetch, Judgement, credit_for
 from wire.bitmap import Bitmap
+from wire.fetch import Fetch, Judgement, credit_for
 from wire.messages import FrameMessage
 
 MADE = Publisher().make("1.0", weights_bytes=700_000)

@@ -9,8 +9,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from agent_simulators import NODE, Made, Publisher
 
-from agent.fetch import JOURNAL_EVERY_BYTES, Fetch, Judgement, credit_for
 from wire.bitmap import Bitmap
+from wire.fetch import JOURNAL_EVERY_BYTES, Fetch, Judgement, credit_for
 from wire.manifest import FRAME_BYTES
 from wire.messages import WANT_RENEW_S, FrameMessage
 

@@ -76,6 +76,7 @@ class Agent:
         self, directory: Path, broker: Broker, topics: Topics, publisher: Publisher, extra: str = "", name: str = NODE
     ) -> None:
         self.directory = directory
+        self.name = name
         self.store = Store(directory / "store")
         (directory / "trust.json").write_bytes(encode_document(publisher.policy))
         (directory / "agent.toml").write_text(

@@ -4,9 +4,8 @@ Runs on the engine's thread. Invariant: fdatasync of the staging file comes befo
 verified; so a crash costs at most the window of wire/fetch.py and no journalled frame is ever fetched again.
 """
 
-import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -19,8 +18,7 @@ from host.link import LinkFigures, Publication, Received, Will
 from wire.bitmap import Bitmap
 from wire.documents import encode_document
 from wire.errors import ArtifactError
-from wire.fetch import Fetch, Judgement, credit_for
-from wire.index import parse_index
+from wire.fetch import Fetch, Judgement, credit_for, recheck
 from wire.manifest import Manifest
 from wire.messages import FrameMessage, Want
 from wire.topics import Topics
@@ -147,24 +145,6 @@ class Transfer:
 
 
 def recheck_pack(manifest: Manifest, path: Path) -> Bitmap:
-    """Frames of a staged pack that still have their hashes; those of data count as right while the index is wrong.
-
-    Blocks; for a work thread. Without the index nothing can be said of the data: it is fetched first, then asked again.
-    """
-    good = Bitmap.full(manifest.frame_count)
-    expected = [bytes.fromhex(digest) for digest in manifest.index_frames]
+    """wire/fetch.py `recheck` of a staged pack. Blocks; for a work thread."""
     with path.open("rb") as pack:
-        index = pack.read(manifest.index_size_bytes)
-        _clear_wrong(good, manifest, expected, 0, pack.fileno())
-        if len(good) == good.length:
-            data_bytes = manifest.pack_size_bytes - manifest.index_size_bytes
-            hashes = parse_index(index, data_bytes).frame_hashes
-            _clear_wrong(good, manifest, hashes, len(expected), pack.fileno())
-    return good
-
-
-def _clear_wrong(good: Bitmap, manifest: Manifest, expected: Sequence[bytes], first: int, descriptor: int) -> None:
-    for frame, digest in enumerate(expected, first):
-        start, end = manifest.frame_range(frame)
-        if hashlib.sha256(os.pread(descriptor, end - start, start)).digest() != digest:
-            good.clear(frame)
+        return recheck(manifest, lambda start, end: os.pread(pack.fileno(), end - start, start))

@@ -13,6 +13,7 @@ from wire.errors import AmperageError, ConfigError
 
 COMMANDS = {
     "demo": ("cli.demo.command:demo", "demo", "Run the main job end to end on this machine."),
+    "depot": ("cli.depot:depot", "fleet", "Serve packs at a site; with --upstream, fetch each of them once."),
     "fleet": ("cli.fleet:app", "fleet", "Run the control plane, publish releases, roll them out, look at nodes."),
     "forge": ("cli.forge:app", "forge", "Turn a checkpoint into a signed release."),
     "keys": ("cli.keys:app", "fleet", "Make signing keys and the trust policy of nodes."),

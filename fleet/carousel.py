@@ -61,6 +61,8 @@ class Carousel:
         self.epoch = epoch
         self.seq = 0
         self.over_budget = 0
+        self.available = -1
+        """Bit per frame: what can be published now. All ones, but for a pack that is still on its way to here."""
         self._index_mask = (1 << index_frames) - 1
         self._readers: dict[str, _Reader] = {}
         self._budgets: dict[str, _Budget] = {}
@@ -147,13 +149,14 @@ class Carousel:
             self._opens_s = min(now_s + GATHER_S, self._gathering_ends_s)
 
     def _candidate(self, now_s: float) -> int | None:
-        if index := self._wanted & self._index_mask:
+        wanted = self._wanted & self.available
+        if index := wanted & self._index_mask:
             return _lowest(index)
-        if not self._wanted or self._opens_s is None or now_s < self._opens_s:
+        if not wanted or self._opens_s is None or now_s < self._opens_s:
             return None
-        if ahead := self._wanted >> self._pointer:
+        if ahead := wanted >> self._pointer:
             return self._pointer + _lowest(ahead)
-        return _lowest(self._wanted)
+        return _lowest(wanted)
 
     def _has_credit(self, reader: _Reader) -> bool:
         return self.seq - reader.position < reader.credit

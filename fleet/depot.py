@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
 from fleet.carousel import Carousel
 from fleet.library import Library, read_frame
+from fleet.partial import Partial
 from fleet.presence import Presence, after_status
 from fleet.refusals import Refusals, check_speaker
 from host.link import Broker, Received
@@ -49,16 +50,31 @@ class _Offer:
     manifest: Manifest
     carousel: Carousel
     descriptor: int
+    partial: Partial | None = None
+    """Absent for a pack that is whole."""
 
     def close(self) -> None:
         os.close(self.descriptor)
 
 
+class Source(Protocol):
+    """Where packs come from that are not in the library (fleet/upstream.py)."""
+
+    def partial(self, artifact: str) -> Partial | None:
+        """What is there of a pack that somebody wants, None until its fetch has begun."""
+        ...
+
+
 class Depot:
-    """Serves the packs of `library`; `on_death` is called when its thread ends by a fault."""
+    """Serves the packs of `library` and what `source` is fetching; `on_death` is called when its thread dies."""
 
     def __init__(
-        self, broker: Broker, topics: Topics, library: Library, on_death: Callable[[], None] = lambda: None
+        self,
+        broker: Broker,
+        topics: Topics,
+        library: Library,
+        on_death: Callable[[], None] = lambda: None,
+        source: Source | None = None,
     ) -> None:
         self.epoch = secrets.randbelow(2**32 - 1) + 1
         self.published = 0
@@ -66,6 +82,7 @@ class Depot:
         self._topics = topics
         self._library = library
         self._on_death = on_death
+        self._source = source
         self._inbox: queue.Queue[Any] = queue.Queue(INBOX_MESSAGES)
         self._link = Connection(broker, f"fleet:depot:{self.epoch:08x}", self._inbox)
         self._link.subscribe(topics.every_node("status"), qos=1)
@@ -117,6 +134,8 @@ class Depot:
                 return True
             offer = self._offers.pop(artifact)
             self._offers[artifact] = offer  # to the end of the queue: the next round begins with another one
+            if offer.partial is not None:
+                offer.carousel.available = offer.partial.bits
             found = offer.carousel.next_frame(now_s)
             if found is not None:
                 self._publish(artifact, offer, *found)
@@ -179,19 +198,33 @@ class Depot:
                 offer.carousel.drop(status.node)
 
     def _want(self, want: Want) -> None:
-        offer = self._offers.get(want.artifact) or self._open(want.artifact)
+        offer = self._offer(want.artifact)
+        if offer is None:
+            return  # its fetch has just been asked for; the want is renewed in a moment
         if want.frames != offer.carousel.frames:
             raise ArtifactError(Code.BAD_DOCUMENT, f"want of {want.frames} frames for {offer.carousel.frames}")
         seen = (want.seen_epoch, want.seen_seq)
         offer.carousel.on_want(want.node, want.missing_frames(), seen, want.credit, time.monotonic())
 
-    def _open(self, artifact: str) -> _Offer:
-        path = self._library.pack_path(artifact)
+    def _offer(self, artifact: str) -> _Offer | None:
+        """What is offered of `artifact`; None while its source has not begun. Every want keeps a fetch alive."""
+        offer, path = self._offers.get(artifact), self._library.pack_path(artifact)
+        if path is None and self._source is not None:
+            manifest = self._library.manifest(artifact)
+            partial = self._source.partial(artifact)
+            if partial is not None:
+                offer = offer or self._open(artifact, manifest, partial.path)
+                offer.partial = partial
+            return offer
+        if offer is not None:
+            return offer
         if path is None:
             raise ArtifactError(
                 Code.DOCUMENT_MISSING, f"artifact {artifact[:12]}… is wanted and was never published here"
             )
-        manifest = self._library.manifest(artifact)
+        return self._open(artifact, self._library.manifest(artifact), path)
+
+    def _open(self, artifact: str, manifest: Manifest, path: Path) -> _Offer:
         carousel = Carousel(manifest.frame_count, len(manifest.index_frames), self.epoch)
         offer = _Offer(manifest, carousel, _open_pack(path))
         self._offers[artifact] = offer

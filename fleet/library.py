@@ -2,7 +2,7 @@
 
 Invariant: what has its final name is whole and verified. A pack is checked while it streams in, frame by frame, against
 the manifest and its index; nothing that a hostile uploader says is held in memory beyond the index. A crash leaves
-`.uploading` names, which the next start removes.
+`.uploading` names, which the next start removes, and `.fetching` names, which a gateway takes up again.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import os
 import secrets
 from pathlib import Path
 
+from fleet.partial import Partial
 from host.files import (
     make_directory,
     move_file,
@@ -27,6 +28,7 @@ from wire.index import parse_index
 from wire.manifest import Manifest
 
 UPLOADING = ".uploading"
+FETCHING = ".fetching"
 
 
 class Library:
@@ -64,15 +66,23 @@ class Library:
 
     def pack_path(self, artifact: str) -> Path | None:
         """The pack of an artifact, or None."""
-        path = self._packs / artifact
+        path = self.path_of(artifact)
         return path if path.exists() else None
+
+    def path_of(self, artifact: str) -> Path:
+        """Where the pack of an artifact is when it is here."""
+        return self._packs / artifact
+
+    def open_partial(self, artifact: str, manifest: Manifest) -> Partial:
+        """A pack that is fetched from elsewhere, as far as it is here. Raises StoreError (no_space, io_error)."""
+        return Partial(manifest, self._packs / f".{artifact}{FETCHING}")
 
     def begin_upload(self, artifact: str) -> "PackUpload":
         """Make room for a pack. Raises ArtifactError (document_missing), StoreError (no_space)."""
         manifest = self.manifest(artifact)
         temporary = self._packs / f".{artifact}.{secrets.token_hex(4)}{UPLOADING}"
         preallocate(temporary, manifest.pack_size_bytes)
-        return PackUpload(manifest, temporary, self._packs / artifact)
+        return PackUpload(manifest, temporary, self.path_of(artifact))
 
 
 class PackUpload:

@@ -48,7 +48,7 @@ def serve(settings: FleetSettings) -> None:
     died = threading.Event()
     with contextlib.ExitStack() as stack:
         make_directory(settings.directory)
-        broker = settings.broker or _private_broker(settings, stack)
+        broker = settings.broker or stack.enter_context(private_broker(settings.directory, settings.private_port))
         stores = Stores(Database(settings.directory / "fleet.sqlite"), Library(settings.directory))
         stack.callback(stores.database.close)
         server = _Server(died)
@@ -109,10 +109,12 @@ def _listening(path: Path) -> Iterator[socket.socket]:
         listener.remove()
 
 
-def _private_broker(settings: FleetSettings, stack: contextlib.ExitStack) -> Broker:
-    private = stack.enter_context(PrivateBroker(settings.directory / "broker", settings.private_port))
-    log.info("private_broker_started", host=private.host, port=private.port)
-    return Broker(host=private.host, port=private.port)
+@contextlib.contextmanager
+def private_broker(directory: Path, port: int) -> Iterator[Broker]:
+    """A Mosquitto of our own below `directory`, for trying out. Raises ConfigError."""
+    with PrivateBroker(directory / "broker", port) as private:
+        log.info("private_broker_started", host=private.host, port=private.port)
+        yield Broker(host=private.host, port=private.port)
 
 
 def _policy(settings: FleetSettings) -> Policy:

@@ -1,12 +1,13 @@
-"""Settings of the control plane: one TOML file, checked whole before anything starts."""
+"""Settings of the control plane and of a depot by itself: one TOML file, checked whole before anything starts."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from host.link import Broker
 from host.settings import FilePath, Settings
+from wire.manifest import Name
 
 API_SOCKET = Path("/run/amperage-fleet/api.sock")
 
@@ -29,6 +30,43 @@ class FleetSettings(Settings):
     keep_reports_s: Annotated[float, Field(gt=0)] = 30 * 86_400.0
     """Events and telemetry are forgotten after this time."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class UpstreamSettings(Settings):
+    """Where a gateway gets everything from, and for whom."""
+
+    name: Name
+    """The gateway's own name at the upstream broker, as if it were a node."""
+    broker: Broker
+    nodes: frozenset[Name] = frozenset()
+    """For whom reports and orders are carried; empty: for every node that speaks at the site's broker."""
+
+    @field_validator("nodes", mode="before")
+    @classmethod
+    def _take_list(cls, value: object) -> object:
+        return frozenset(value) if isinstance(value, list) else value
+
+
+class DepotSettings(Settings):
+    """`depot.toml`: a depot by itself, at a gateway with `upstream`."""
+
+    directory: FilePath
+    """Library of packs and manifests."""
+    broker: Broker | None = None
+    """The site's. Absent: a private Mosquitto on this machine, for trying out."""
+    private_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    root: Annotated[str, StringConstraints(pattern=r"^[^+#/]+(/[^+#/]+)*$", strict=True)] = "amperage"
+    """Topic root, the same at both brokers."""
+    upstream: UpstreamSettings | None = None
+    """Absent: nothing but the library is served."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _check_loop(self) -> Self:
+        here, there = self.broker, self.upstream.broker if self.upstream else None
+        if here and there and (here.host, here.port) == (there.host, there.port):
+            raise ValueError("broker and upstream.broker are the same; a gateway stands between two")
+        return self
 
 
 def settings_in(directory: Path) -> FleetSettings:

@@ -16,6 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "unit"))
 
 from agent_simulators import NODE, Made, Publisher, SimulatedRuntime
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from fleet_process import Site
 
 from agent.store import Store
 from host.link import Broker
@@ -117,6 +119,28 @@ class Agent:
             self.process.send_signal(signal.SIGTERM)
             assert self.process.wait(10) == 0
         self.stub.close()
+
+
+def publisher_in(directory: Path) -> Publisher:
+    """A publisher whose online key and policy are files in `directory`, as the control plane reads them."""
+    directory.mkdir()
+    publisher = Publisher()
+    pem = publisher.desired_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (directory / "desired.pem").write_bytes(pem)
+    (directory / "desired.pem").chmod(0o600)
+    (directory / "trust.json").write_bytes(encode_document(publisher.policy))
+    publisher.directory = directory
+    return publisher
+
+
+def publish(site: Site, made: Made) -> None:
+    """Give a release that nodes can decode to the control plane."""
+    folder = site.directory / f"release-{made.version.version}"
+    folder.mkdir()
+    (folder / f"{made.artifact}.manifest.json").write_bytes(encode_document(made.manifest))
+    (folder / f"{made.artifact}.pack").write_bytes(made.pack)
+    (folder / "release.json").write_bytes(made.release)
+    site.client.publish(folder)
 
 
 def wait(seen: Callable[[], object], timeout_s: float = 20.0) -> None:

@@ -21,6 +21,7 @@ CHUNK_BYTES = 16 * 1024
 QUEUE_CHUNKS = 64
 SOCKET_BUFFER_BYTES = 64 * 1024
 """Small, so that a slow link is slow for the sender too and does not end in the kernel's memory."""
+POLL_S = 0.005
 RESET = struct.pack("ii", 1, 0)
 """SO_LINGER of no time: close sends RST."""
 
@@ -113,13 +114,13 @@ class _Link:
                     weather = self.proxy.weather
                     now_s = time.monotonic()
                     due_s = max(due_s, now_s + weather.latency_s + self.proxy.draw.uniform(0, weather.jitter_s))
-                    put = asyncio.create_task(queue.put((due_s, data)))
-                    await asyncio.wait((put, giving), return_when=asyncio.FIRST_COMPLETED)
+                    while queue.full() and not giving.done():
+                        await asyncio.sleep(POLL_S)
                     if giving.done():
-                        put.cancel()
                         return
+                    queue.put_nowait((due_s, data))
             while not queue.empty() and not giving.done():
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(POLL_S)
         finally:
             giving.cancel()
             await asyncio.gather(giving, return_exceptions=True)

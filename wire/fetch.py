@@ -7,6 +7,7 @@ survives a crash only once it was journalled (see `due`).
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -208,3 +209,26 @@ class Fetch:
     def _refuse(self) -> Judgement:
         self.refused += 1
         return Judgement.REFUSED
+
+
+def recheck(manifest: Manifest, read: Callable[[int, int], bytes]) -> Bitmap:
+    """Frames that still have their hashes; those of data count as right while the index is wrong.
+
+    `read` gives the bytes from start to end of the pack. Without the index nothing can be said of the data: it is
+    fetched first, then asked again.
+    """
+    good = Bitmap.full(manifest.frame_count)
+    expected = [bytes.fromhex(digest) for digest in manifest.index_frames]
+    _clear_wrong(good, manifest, expected, 0, read)
+    if len(good) == good.length:
+        index = parse_index(read(0, manifest.index_size_bytes), manifest.pack_size_bytes - manifest.index_size_bytes)
+        _clear_wrong(good, manifest, index.frame_hashes, len(expected), read)
+    return good
+
+
+def _clear_wrong(
+    good: Bitmap, manifest: Manifest, expected: Sequence[bytes], first: int, read: Callable[[int, int], bytes]
+) -> None:
+    for frame, digest in enumerate(expected, first):
+        if hashlib.sha256(read(*manifest.frame_range(frame))).digest() != digest:
+            good.clear(frame)

@@ -91,9 +91,7 @@ def open_envelope(data: bytes, role: Role, policy: TrustPolicy) -> bytes:
     Raises ArtifactError: bad_document (form, type), unknown_signer (no signature by a key of the role),
     bad_signature (a key of the role is named but does not verify, or fewer than the threshold do).
     """
-    envelope = parse_document(Envelope, data)
-    if envelope.payloadType != PAYLOAD_TYPES[role]:
-        raise ArtifactError(Code.BAD_DOCUMENT, f"envelope is of type {envelope.payloadType}, not a {role}")
+    envelope = _parse(data, role)
     payload = _decode(envelope.payload)
     signed = pre_authentication_encoding(envelope.payloadType, payload)
     role_keys = policy.keys_of(role)
@@ -114,6 +112,21 @@ def open_envelope(data: bytes, role: Role, policy: TrustPolicy) -> bytes:
             "it was altered after signing or signed by too few: sign it again",
         )
     return payload
+
+
+def unverified_payload(data: bytes, role: Role) -> bytes:
+    """The payload of an envelope that nobody has checked: good for passing it on, never for acting on it.
+
+    Raises ArtifactError(bad_document).
+    """
+    return _decode(_parse(data, role).payload)
+
+
+def _parse(data: bytes, role: Role) -> Envelope:
+    envelope = parse_document(Envelope, data)
+    if envelope.payloadType != PAYLOAD_TYPES[role]:
+        raise ArtifactError(Code.BAD_DOCUMENT, f"envelope is of type {envelope.payloadType}, not a {role}")
+    return envelope
 
 
 def _verifies(key: PublicKey, signature: EnvelopeSignature, signed: bytes) -> bool:

@@ -11,22 +11,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from agent_process import Agent
+from agent_process import Agent, publish, publisher_in
 from agent_simulators import MODEL, NODE, Made, Publisher
 from fleet_process import Site
 from fleet_samples import wait
 from toxics import Toxics, Weather
 
 from fleet.broker import PrivateBroker
-from host.keys import load_signer
 from host.link import Broker, Received
 from host.mqtt import Connection
 from wire.bitmap import Bitmap
-from wire.documents import encode_document, parse_document
+from wire.documents import parse_document
 from wire.messages import State, Want
 from wire.topics import Topics
 
@@ -34,13 +32,14 @@ pytestmark = pytest.mark.e2e
 
 PACK_BYTES = 5_000_000
 SETTLED_S = 0.5
-"""A want says what the journal said a moment ago; what is older than this must be in it."""
+"""A want says what the journal said a moment before it went through the weather."""
 
 
 class Watch:
     """Hears every want at the broker itself, and compares it with the node's journal."""
 
-    def __init__(self, broker: Broker, topics: Topics, agent: Agent) -> None:
+    def __init__(self, broker: Broker, topics: Topics, agent: Agent, proxy: Toxics) -> None:
+        self._proxy = proxy
         self.asked_again: set[int] = set()
         self.lost: set[int] = set()
         self.wants = 0
@@ -96,7 +95,9 @@ class Watch:
         if self.made is None or want.artifact != self.made.artifact:
             return
         self.wants += 1
-        settled = [known for at_s, known in self._known if at_s < time.monotonic() - SETTLED_S]
+        weather = self._proxy.weather
+        said_s = time.monotonic() - SETTLED_S - weather.latency_s - weather.jitter_s
+        settled = [known for at_s, known in self._known if at_s < said_s]
         self.asked_again |= set(settled[-1]) & set(want.missing_frames()) if settled else set()
 
 
@@ -116,12 +117,7 @@ class Scene:
         """Publish one more version and order it."""
         self.releases += 1
         made = self.publisher.make(f"{self.releases}.0", weights_bytes=pack_bytes)
-        folder = self.site.directory / f"release-{made.version.version}"
-        folder.mkdir()
-        (folder / f"{made.artifact}.manifest.json").write_bytes(encode_document(made.manifest))
-        (folder / f"{made.artifact}.pack").write_bytes(made.pack)
-        (folder / "release.json").write_bytes(made.release)
-        self.site.client.publish(folder)
+        publish(self.site, made)
         self.watch.look_at(made)
         return made, self.site.order(made.digest, NODE)
 
@@ -172,21 +168,6 @@ class Scene:
         self.site.start()
 
 
-def publisher_in(directory: Path) -> Publisher:
-    """A publisher whose online key and policy are files, as the control plane reads them."""
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
-    directory.mkdir()
-    publisher = Publisher()
-    pem = publisher.desired_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    (directory / "desired.pem").write_bytes(pem)
-    (directory / "desired.pem").chmod(0o600)
-    (directory / "trust.json").write_bytes(encode_document(publisher.policy))
-    load_signer(directory / "desired.pem")
-    publisher.directory = directory
-    return publisher
-
-
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     directory = tmp_path_factory.mktemp("weather")
@@ -194,14 +175,14 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     broker = PrivateBroker(directory / "broker")
     broker.start()
     address = Broker(host=broker.host, port=broker.port, reconnect_max_s=0.5, keepalive_s=5)
-    site = Site(directory, address, topics, publisher)
+    site = Site(directory, address, topics, publisher, deadline_s=600.0)
     site.start()
     (directory / "node").mkdir()
     with Toxics(broker.host, broker.port) as proxy:
         through = address.model_copy(update={"port": proxy.port})
         agent = Agent(directory / "node", through, topics, publisher, "bandwidth_limit_bytes_per_s = 2500000")
         agent.start()
-        with Watch(address, topics, agent) as watch:
+        with Watch(address, topics, agent, proxy) as watch:
             scene = Scene(broker, proxy, site, agent, watch, publisher)
             yield scene
             agent.close()

@@ -214,6 +214,28 @@ def test_certificate_of_another_authority_is_refused(site: Site, tmp_path: Path)
     assert isinstance(refused.first, LinkDown)
 
 
+def test_gateway_carries_for_its_own_nodes_and_orders_nobody(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    site.authority.issue("gate-7")
+    acl = (tmp_path / "acl").read_text()
+    (tmp_path / "acl").write_text(re.sub(r"^#(user|topic) ", r"\1 ", acl, flags=re.MULTILINE))
+    with site.run():
+        fleet, gateway = site.connect("fleet"), site.connect("gate-7")
+        for kind in (*FROM_NODE, *TO_NODE):
+            gateway.say(f"amperage/node/n1/{kind}")
+        for kind in TO_NODE:
+            gateway.say(f"amperage/node/gate-7a/{kind}")
+        gateway.say(TOPICS.frames(DIGEST))
+        allowed = [f"amperage/node/gate-7a/{kind}" for kind in FROM_NODE if kind != "want"] + [TOPICS.want("gate-7")]
+        for topic in allowed:
+            gateway.say(topic)
+        assert fleet.heard_until(allowed[-1]) == allowed
+        heard = [TOPICS.desired("gate-7a"), TOPICS.ack("gate-7a"), TOPICS.document(DIGEST), TOPICS.frames(DIGEST)]
+        for topic in (TOPICS.desired("n1"), *heard):
+            fleet.say(topic)
+        assert gateway.heard_until(heard[-1]) == heard
+
+
 def test_access_list_speaks_of_every_topic_that_exists() -> None:
     text = (PACKAGING / "mosquitto.acl").read_text()
     named = set(re.findall(r"^(?:pattern|topic) (?:read|write) (\S+)", text, re.MULTILINE))
@@ -225,7 +247,12 @@ def test_access_list_speaks_of_every_topic_that_exists() -> None:
 
 @pytest.mark.parametrize(
     ("name", "model"),
-    [("agent.toml", AgentSettings), ("runtime.toml", RuntimeSettings), ("fleet.toml", "fleet.settings:FleetSettings")],
+    [
+        ("agent.toml", AgentSettings),
+        ("runtime.toml", RuntimeSettings),
+        ("fleet.toml", "fleet.settings:FleetSettings"),
+        ("depot.toml", "fleet.settings:DepotSettings"),
+    ],
 )
 def test_example_settings_are_taken_and_show_the_defaults(
     name: str, model: type[Settings] | str, tmp_path: Path

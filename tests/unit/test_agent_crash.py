@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from agent_simulators import MODEL, TOPICS, Made, Node, Publisher
 
-from agent import fetch
 from agent.journal import Journal
 from agent.store import Store
 from host import files
+from wire import fetch
 from wire.bitmap import Bitmap
 from wire.digest import digest_of
 from wire.documents import encode_document

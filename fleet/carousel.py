@@ -18,7 +18,7 @@ from wire.messages import WANT_VOID_S
 GATHER_S = 0.1
 GATHER_MOST_S = 0.5
 """A pass over the data begins when no further reader came for GATHER_S: a rollout starts its nodes together, and what
-waits for all of them need not be repeated for the later ones."""
+waits for all of them need not be repeated for the later ones. With all of them here it begins at once."""
 PATIENCE_FIRST_S = 4.0
 """Silence after which what is on its way counts as lost; below WANT_RENEW_S, so that one silent renewal is enough."""
 PATIENCE_MOST_S = 60.0
@@ -63,6 +63,8 @@ class Carousel:
         self.over_budget = 0
         self.available = -1
         """Bit per frame: what can be published now. All ones, but for a pack that is still on its way to here."""
+        self.company = 0
+        """Nodes that could want this, as far as is known; once all of them are here, nobody is waited for."""
         self._index_mask = (1 << index_frames) - 1
         self._readers: dict[str, _Reader] = {}
         self._budgets: dict[str, _Budget] = {}
@@ -147,6 +149,8 @@ class Carousel:
             self._opens_s = now_s + GATHER_S
         elif now_s < self._opens_s:
             self._opens_s = min(now_s + GATHER_S, self._gathering_ends_s)
+        if 0 < self.company <= len(self._readers):
+            self._opens_s = min(self._opens_s, now_s)
 
     def _candidate(self, now_s: float) -> int | None:
         wanted = self._wanted & self.available

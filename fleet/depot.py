@@ -89,6 +89,7 @@ class Depot:
         self._link.subscribe(topics.every_node("want"), qos=0)
         self._offers: dict[str, _Offer] = {}
         self._presence: dict[str, Presence] = {}
+        self._online: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="depot")
 
@@ -193,6 +194,7 @@ class Depot:
         if after is None:
             return
         self._presence[status.node] = after
+        (self._online.add if after.online else self._online.discard)(status.node)
         if not after.online or (before is not None and before.boot_id != after.boot_id):
             for offer in self._offers.values():
                 offer.carousel.drop(status.node)
@@ -204,6 +206,7 @@ class Depot:
         if want.frames != offer.carousel.frames:
             raise ArtifactError(Code.BAD_DOCUMENT, f"want of {want.frames} frames for {offer.carousel.frames}")
         seen = (want.seen_epoch, want.seen_seq)
+        offer.carousel.company = len(self._online)
         offer.carousel.on_want(want.node, want.missing_frames(), seen, want.credit, time.monotonic())
 
     def _offer(self, artifact: str) -> _Offer | None:

@@ -135,6 +135,24 @@ def test_node_whose_will_is_published_is_sent_nothing_more(
     link.stop()
 
 
+def test_depot_knows_how_many_nodes_could_come(
+    address: Broker, topics: Topics, depot: Depot, artifact: Artifact
+) -> None:
+    link = Connection(address, "others", queue.Queue(64))
+    link.start()
+    wait(link.is_up)
+    try:
+        for name, online in (("node-1", True), ("node-2", True), ("gone", True), ("gone", False)):
+            status = Status(node=name, online=online, boot_id=BOOT, session=1)
+            link.publish(topics.status(name), encode_document(status), qos=1)
+        wait(lambda: (gone := depot._presence.get("gone")) and not gone.online)
+        with FetchingNode(address, topics, "node-1", artifact):
+            wait(lambda: depot._offers)
+            assert next(iter(depot._offers.values())).carousel.company == 2
+    finally:
+        link.stop()
+
+
 def test_hostile_messages_are_counted_and_others_are_served(
     address: Broker, topics: Topics, depot: Depot, artifact: Artifact
 ) -> None:

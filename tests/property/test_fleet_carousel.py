@@ -356,6 +356,17 @@ def test_pass_waits_while_readers_keep_coming_but_not_for_ever() -> None:
     assert carousel.next_frame(GATHER_MOST_S) == (1, 1)
 
 
+def test_pass_begins_at_once_when_every_node_that_is_online_is_here() -> None:
+    carousel = Carousel(6, 1, epoch=7)
+    missing = Bitmap.full(6)
+    missing.clear(0)
+    carousel.company = 2
+    carousel.on_want("a", missing, (0, 0), 16, 0.0)
+    assert carousel.next_frame(0.01) is None, "one of two may still come"
+    carousel.on_want("b", missing, (0, 0), 16, 0.02)
+    assert carousel.next_frame(0.02) == (1, 1)
+
+
 def test_reader_that_has_seen_the_future_gains_nothing() -> None:
     carousel = Carousel(50, 1, epoch=7)
     carousel.on_want("n", Bitmap.full(50), (0, 0), 4, 0.0)

@@ -1,27 +1,29 @@
 """`amperage forge`: build, judge, pack and sign models."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from cli.terminal import console
-from codec.versions import read_version
-from forge.build import Progress as Report
+from cli.inspection import artifact_tables, artifacts_table, version_table
+from cli.terminal import console, progress
+from codec.versions import VERSION_FILE, read_version
+from forge.artifact import Artifact, artifacts_in, read_artifact
 from forge.build import build_version, parameters_of
 from forge.evaluate import evaluate_version
+from forge.extract import extract_artifact
+from forge.inspect import inspect_artifact
+from forge.picture import draw_layers
 from forge.release import ReleaseSummary, make_release
-from forge.verify import verify_release
+from forge.verify import verify_artifact, verify_release
+from host.files import write_atomically
 from host.keys import load_signer
+from wire.errors import ConfigError
+from wire.manifest import VersionDocument
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-PROGRESS = Console(stderr=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
@@ -41,7 +43,7 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Import a checkpoint, quantise it to int4, write the version directory."""
-    with _progress() as report:
+    with progress() as report:
         document = build_version(source, out, (name, version), scales_of=scales_of, progress=report)
     figures = {
         "model": name, "version": version, "decoded": document.decoded_digest(),
@@ -60,7 +62,8 @@ def release(
     as_json: AsJson = False,
 ) -> None:
     """Pack and sign a version; with --base also as a delta."""
-    summary = make_release(version_dir, out, load_signer(key), sequence=sequence, base_dir=base)
+    with progress() as report:
+        summary = make_release(version_dir, out, load_signer(key), sequence=sequence, base_dir=base, progress=report)
     if as_json:
         print(json.dumps(summary.as_json()))
         return
@@ -75,35 +78,93 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement against the float32 twin."""
-    with _progress() as report:
+    with progress() as report:
         figures = evaluate_version(version_dir, windows, limit, report)
     _print(figures, as_json, "quality against the float32 twin")
 
 
 @app.command()
 def verify(
-    release_dir: Annotated[Path, typer.Argument(help="Release directory.")],
-    trust: Annotated[Path, typer.Option(help="Trust policy that nodes use.")],
+    target: Annotated[Path, typer.Argument(help="Release directory, or one artifact: its *.manifest.json.")],
+    trust: Annotated[Path | None, typer.Option(help="Trust policy that nodes use; a release needs it.")] = None,
     base: Annotated[Path | None, typer.Option(help="Version directory that deltas apply to.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a release as a node would: signature, every frame, decoding, every file."""
-    _print(verify_release(release_dir, trust, base), as_json, "release verified")
+    """Check as a node would: signature, every frame, every section, every decoded file."""
+    with progress() as report:
+        if not target.is_dir():
+            figures, title = verify_artifact(target, trust, base, report), "artifact verified"
+        elif trust is None:
+            raise ConfigError("a release is checked against the keys that nodes trust; give --trust trust.json")
+        else:
+            figures, title = verify_release(target, trust, base, report), "release verified"
+    _print(figures, as_json, title)
 
 
 @app.command()
-def inspect(version_dir: Annotated[Path, typer.Argument(help="Version directory.")], as_json: AsJson = False) -> None:
-    """List the files and tensors of a version."""
-    document = read_version(version_dir)
+def inspect(
+    target: Annotated[Path, typer.Argument(help="Version or release directory, or one artifact: its *.manifest.json.")],
+    plot: Annotated[Path | None, typer.Option(help="PNG to draw: bits per weight of every layer.")] = None,
+    entropy: Annotated[bool, typer.Option(help="Decode, to tell how far every plane is from its entropy.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a version, a release or an artifact is made of, and what each part costs."""
+    found = _find_one(target)
+    if isinstance(found, Artifact):
+        _inspect_artifact(found, plot, entropy, as_json)
+    elif plot is not None:
+        raise ConfigError("a picture is drawn of one artifact; name its *.manifest.json")
+    elif isinstance(found, VersionDocument):
+        print(found.model_dump_json(by_alias=True)) if as_json else console().print(version_table(found))
+    elif as_json:
+        with progress() as report:
+            reports = [inspect_artifact(artifact, entropy=entropy, progress=report).as_json() for artifact in found]
+        print(json.dumps(reports))
+    else:
+        console().print(artifacts_table(found))
+        print(f"look into one: amperage forge inspect {target}/NAME.manifest.json")
+
+
+@app.command()
+def extract(
+    artifact: Annotated[Path, typer.Argument(help="The artifact: its *.manifest.json, the pack beside it.")],
+    into: Annotated[Path, typer.Option(help="New directory.")],
+    base: Annotated[Path | None, typer.Option(help="Version directory that a delta applies to.")] = None,
+    file: Annotated[
+        list[str] | None, typer.Option(help="Only this file, for example tokenizer.json; repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Decode an artifact to a version directory as a node does, or only some of its files. Checks no signature."""
+    with progress() as report:
+        names = extract_artifact(read_artifact(artifact), into, base=base, files=file or (), progress=report)
     if as_json:
-        print(document.model_dump_json(by_alias=True))
+        print(json.dumps({"directory": str(into), "files": names}))
         return
-    table = Table("tensor", "type", "shape", "bytes", "layout", title=f"{document.model} {document.version}")
-    columns = document.tensors
-    for row, name in enumerate(columns.name):
-        shape = " x ".join(str(size) for size in columns.shape[row])
-        table.add_row(name, columns.dtype[row], shape, f"{columns.size_bytes(row):,}", columns.layout[row])
-    console().print(table)
+    for name in names:
+        print(into / name)
+
+
+def _find_one(target: Path) -> VersionDocument | Artifact | tuple[Artifact, ...]:
+    """What `target` is; a release directory with one artifact is that artifact."""
+    if not target.is_dir():
+        return read_artifact(target)
+    if (target / VERSION_FILE).exists():
+        return read_version(target)
+    artifacts = artifacts_in(target)
+    return artifacts[0] if len(artifacts) == 1 else artifacts
+
+
+def _inspect_artifact(artifact: Artifact, plot: Path | None, entropy: bool, as_json: bool) -> None:
+    with progress() as report:
+        figures = inspect_artifact(artifact, entropy=entropy, progress=report)
+        if plot is not None:
+            report("draw", 0, 0)
+            write_atomically(plot, draw_layers(figures))
+    if as_json:
+        print(json.dumps(figures.as_json()))
+    else:
+        console().print(artifact_tables(figures))
 
 
 def _show_release(summary: ReleaseSummary) -> None:
@@ -130,16 +191,3 @@ def _print(figures: dict[str, Any], as_json: bool, title: str) -> None:
     for key, value in figures.items():
         table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
     console().print(table)
-
-
-@contextmanager
-def _progress() -> Iterator[Report]:
-    """A progress bar on standard error that follows (what, done, of)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=PROGRESS, transient=True) as bars:
-        task = bars.add_task("start", total=None)
-
-        def report(what: str, done: int, total: int) -> None:
-            bars.update(task, description=what, completed=done, total=total)
-
-        yield report

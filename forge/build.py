@@ -5,8 +5,8 @@ name, which the next build of that place removes.
 """
 
 import hashlib
+import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from forge.checkpoint import Architecture, Checkpoint
 from forge.decoder_weights import place_weights
 from forge.golden import make_golden, write_golden
 from forge.graph import build_graph
+from forge.progress import Progress
 from forge.quantise import Float
 from forge.reference import MODEL_FILE, shipped_judge, twin_judge
 from forge.weights import WEIGHTS_FILE, writing_weights
@@ -31,9 +32,6 @@ FILES = (MODEL_FILE, WEIGHTS_FILE, TOKENIZER_FILE, TEMPLATE_FILE, GOLDEN_FILE)
 
 PLAIN_TEMPLATE = "{%- for message in messages -%}{{ message['content'] }}{{ '\\n\\n' if not loop.last }}{%- endfor -%}"
 """For checkpoints without a chat template: the messages' texts joined by blank lines."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what, done, of)."""
 
 
 def build_version(
@@ -122,7 +120,12 @@ def _describe(
 
 
 def parameters_of(version: VersionDocument) -> int:
-    """How many weights the version holds: scales are the price of quantisation, not weights."""
+    """How many weights the version holds."""
+    return sum(weights_by_tensor(version).values())
+
+
+def weights_by_tensor(version: VersionDocument) -> dict[str, int]:
+    """Weights per tensor: its elements, but none for scales, which are the price of quantisation."""
     columns = version.tensors
-    rows = range(len(columns.name))
-    return sum(int(np.prod(columns.shape[r])) for r in rows if columns.layout[r] is not Layout.F32_BF16_GRID)
+    rows = zip(columns.name, columns.shape, columns.layout, strict=True)
+    return {name: 0 if layout is Layout.F32_BF16_GRID else math.prod(shape) for name, shape, layout in rows}

@@ -1,7 +1,6 @@
 """Quality of a version: perplexity over token windows, and how far it is from its float32 twin."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codec.versions import read_version
+from forge.progress import Progress
 from forge.quantise import Float
 from forge.reference import Judge, shipped_judge, twin_judge
 from wire.errors import ConfigError
 
 WINDOWS_LIMIT_BYTES = 16 * 1024 * 1024
 Double = NDArray[np.float64]
-Progress = Callable[[str, int, int], None]
 
 
 def read_windows(path: Path) -> list[list[int]]:

@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from codec.encoder import EncodedPack, PlaneFigures, encode_pack
 from codec.versions import read_version
 from forge.build import parameters_of
+from forge.progress import Progress, silent
 from host.keys import Signer
 from wire.digest import digest_of
 from wire.documents import DOCUMENT_LIMIT_BYTES, encode_document
@@ -49,8 +51,14 @@ class ReleaseSummary:
         return asdict(self)
 
 
-def make_release(
-    version_dir: Path, out: Path, signer: Signer, *, sequence: int, base_dir: Path | None = None
+def make_release(  # noqa: PLR0913  # each is a choice of the caller, four of them by name
+    version_dir: Path,
+    out: Path,
+    signer: Signer,
+    *,
+    sequence: int,
+    base_dir: Path | None = None,
+    progress: Progress = silent,
 ) -> ReleaseSummary:
     """Pack and sign the version in `version_dir` into the new directory `out`, with a delta from `base_dir`.
 
@@ -64,10 +72,10 @@ def make_release(
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
-    full, full_pack = _make_artifact(version, version_dir, temporary, None)
+    full, full_pack = _make_artifact(version, version_dir, temporary, None, progress)
     delta = None
     if base_dir is not None:
-        delta = _make_artifact(version, version_dir, temporary, (read_version(base_dir), base_dir))[0]
+        delta = _make_artifact(version, version_dir, temporary, (read_version(base_dir), base_dir), progress)[0]
     envelope = signer.sign(Role.RELEASE, encode_document(_release(version, sequence, full, delta)))
     (temporary / RELEASE_FILE).write_bytes(envelope)
     temporary.rename(out)
@@ -85,11 +93,16 @@ def check_version_files(version: VersionDocument, directory: Path) -> None:
 
 
 def _make_artifact(
-    version: VersionDocument, directory: Path, out: Path, base: tuple[VersionDocument, Path] | None
+    version: VersionDocument,
+    directory: Path,
+    out: Path,
+    base: tuple[VersionDocument, Path] | None,
+    progress: Progress,
 ) -> tuple[ArtifactRef | DeltaRef, EncodedPack]:
     """Encode one artifact into `out`, its files named by the manifest's digest."""
     scratch = out / ".pack"
-    encoded = encode_pack(version, directory, scratch, base=base)
+    what = "pack" if base is None else "pack the delta"
+    encoded = encode_pack(version, directory, scratch, base=base, progress=partial(progress, what))
     manifest = Manifest(
         decoded=version.decoded_digest(),
         version=version,

@@ -39,10 +39,11 @@ FENCES = {
     "numpy": {"codec/", "agent/decoder.py", "runtime/", "forge/", "cli/"},
     "zstandard": {"codec/", "agent/decoder.py"},
     "openai": {"cli/demo/"},
+    "matplotlib": {"forge/picture.py"},
 }
 """By library, the only modules or packages that may import it."""
 
-NODE_FORBIDDEN = {"rich", "typer", "cryptography", "onnx", "safetensors", "openai", "click"}
+NODE_FORBIDDEN = {"rich", "typer", "cryptography", "onnx", "safetensors", "openai", "click", "matplotlib"}
 AGENT_FORBIDDEN = NODE_FORBIDDEN | {"numpy", "onnxruntime", "tokenizers", "zstandard"}
 DURABILITY_CALLS = {"fsync", "fdatasync", "sync", "rename", "replace", "renames", "link", "symlink"}
 LINES_OF_A_MODULE = 400

@@ -17,6 +17,7 @@ OPERATORS_ONLY = (
     "cryptography",
     "onnx",
     "safetensors",
+    "matplotlib",
     "openai",
     "torch",
     "huggingface_hub",
@@ -41,6 +42,11 @@ def build_wheel(directory: Path) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = directory.glob("*.whl")
     return wheel
+
+
+def test_picture_maker_is_the_forges_alone() -> None:
+    assert "matplotlib" in locked("forge")
+    assert "matplotlib" not in locked("fleet")
 
 
 def test_lock_of_the_node_holds_nothing_of_the_operators() -> None:

@@ -160,7 +160,7 @@ def _inspect_artifact(artifact: Artifact, plot: Path | None, entropy: bool, as_j
         figures = inspect_artifact(artifact, entropy=entropy, progress=report)
         if plot is not None:
             report("draw", 0, 0)
-            write_atomically(plot, draw_layers(figures))
+            write_atomically(plot, draw_layers(figures), mode=0o644)
     if as_json:
         print(json.dumps(figures.as_json()))
     else:

@@ -5,15 +5,16 @@ per cent. rANS (Duda, arXiv 1311.2540) spends the fraction too. Many independent
 operation at a time: byte i of the plane belongs to lane i mod lanes, and the lanes share one sequence of 16-bit words,
 taken in lane order by those whose state ran low (the construction of Giesen, arXiv 1402.3392).
 
-Layout of a coded section, little-endian:
-    lanes_log2 u8 (0..12), reserved 3 bytes = 0
+Layout of a coded section of n bytes, little-endian:
+    lanes_log2 u8 (0..12), reserved 3 bytes = 0; n is at least two bytes per lane
     present      32 bytes, bit s (least significant first) set when byte value s occurs
-    frequencies  of every present value, ascending: LEB128 of frequency - 1, at most 2 bytes; they sum to 2^13
+    frequencies  of every present value, ascending: LEB128 of frequency - 1, at most 2 bytes; they sum to 2^14
     states       u32 per lane, each at least 2^16
     words        u16 to the end
-One step of a lane: slot = state mod 2^13 lies in the range of one value s, which is the byte; then state =
-frequency[s] * (state >> 13) + slot - start[s]; if that is below 2^16, state = state << 16 | the next word. At the end
-every state is 2^16 and no word is left, a check on every bit read. Invariant: state < 2^32, so 32 bits never overflow.
+One step of a lane: slot = state mod 2^14 lies in the range of one value s, which is the byte; then state =
+frequency[s] * (state >> 14) + slot - start[s]; if that is below 2^16, state = state << 16 | the next word. The lanes
+give all bytes but the last two per lane: those are what their states end with, state - 2^16, so that the bits a state
+has to hold are not lost (coding starts with them). Then no word is left. Invariant: states stay below 2^32.
 """
 
 import struct
@@ -25,8 +26,8 @@ from codec.entropy import byte_histogram, entropy_bytes
 from codec.planes import Bytes
 from wire.errors import ArtifactError, Code
 
-PRECISION = 13
-"""Frequencies are in units of 2^-13: coarser costs compression where one value dominates, finer costs cache."""
+PRECISION = 14
+"""Frequencies are in units of 2^-14: coarser costs compression where one value dominates, finer costs cache."""
 
 LOW = 1 << 16
 """Lower bound of a state."""
@@ -36,24 +37,32 @@ MAX_STEPS = 1 << 11
 """Steps to decode a section, which bounds its time: about 20 ms on a fast core."""
 
 _BYTES_PER_LANE = 256
-"""A lane costs two bytes more than it carries: one per this many coded bytes keeps that below one per cent."""
+"""A lane costs up to three bytes more than it carries: one per this many coded bytes keeps that near one per cent."""
+
+_TAIL_BYTES = 2
+
+_SLOT_MASK = np.uint64((1 << PRECISION) - 1)
+_STATE_SHIFT = np.uint64(PRECISION)
+_DISTANCE_SHIFT, _FREQUENCY_SHIFT, _WORD_SHIFT = np.uint64(8), np.uint64(32), np.uint64(16)
 
 _HEADER = struct.Struct("<B3s")
 _PRESENT_BYTES = 32
 
 Counts = NDArray[np.int64]
-Words = NDArray[np.uint32]
+Words = NDArray[np.uint64]
 
 
 def ans_size_bytes(histogram: Counts) -> float:
     """About what encode_ans would need for a plane of this histogram."""
-    ideal = entropy_bytes(histogram)
+    size, ideal = int(histogram.sum()), entropy_bytes(histogram)
     tables = _HEADER.size + _PRESENT_BYTES + 1.2 * int(np.count_nonzero(histogram))
-    return ideal * (1 + 2 / _BYTES_PER_LANE) + tables
+    # A state fills 24 of its 32 bits on average, and its last 16 hold two bytes that were worth less.
+    lane = 3 - _TAIL_BYTES * ideal / size
+    return ideal + tables + lane * (1 << _lanes_log2(size, ideal))
 
 
 def encode_ans(plane: Bytes) -> bytes:
-    """Code `plane` (uint8 [n], n >= 1)."""
+    """Code `plane` (uint8 [n], n >= 2)."""
     histogram = byte_histogram(plane)
     frequencies = _quantise(histogram)
     lanes_log2 = _lanes_log2(plane.size, entropy_bytes(histogram))
@@ -64,64 +73,75 @@ def encode_ans(plane: Bytes) -> bytes:
 
 
 def decode_ans_into(coded: bytes, out: Bytes) -> None:
-    """Decode into `out` (uint8 [n], n >= 1), every byte of it. Raises ArtifactError(bad_section) unless all fits."""
+    """Decode into `out` (uint8 [n], n >= 2), every byte of it. Raises ArtifactError(bad_section) unless all fits."""
     if len(coded) < _HEADER.size + _PRESENT_BYTES:
         raise _bad("it is shorter than its header")
     lanes_log2, reserved = _HEADER.unpack_from(coded)
-    if lanes_log2 > MAX_LANES_LOG2 or any(reserved) or out.size > MAX_STEPS << lanes_log2:
+    lanes = 1 << min(lanes_log2, MAX_LANES_LOG2)
+    if lanes_log2 > MAX_LANES_LOG2 or any(reserved) or not _TAIL_BYTES * lanes <= out.size <= MAX_STEPS * lanes:
         raise _bad("its header is of an unknown form")
-    lanes = 1 << lanes_log2
     values, frequencies, position = _parse_frequencies(coded)
     if len(coded) < position + 4 * lanes or (len(coded) - position) % 2:
         raise _bad("its states are cut")
-    states = np.frombuffer(coded, "<u4", lanes, position).astype(np.uint32)
-    words = np.frombuffer(coded, "<u2", -1, position + 4 * lanes).astype(np.uint32)
+    states = np.frombuffer(coded, "<u4", lanes, position).astype(np.uint64)
+    words = np.frombuffer(coded, "<u2", -1, position + 4 * lanes).astype(np.uint64)
     if int(states.min()) < LOW:
         raise _bad("a state is out of range")
-    used = _Decoder(values, frequencies, words).run(states, out)
-    if used != words.size or bool((states != LOW).any()):
+    body = out.size - _TAIL_BYTES * lanes
+    used = _Decoder(values, frequencies, words).run(states, out[:body])
+    tail = states - np.uint64(LOW)
+    if used != words.size or int(tail.max()) >= LOW:
         raise _bad("it does not end where it should")
+    out[body:] = tail.astype("<u2").view(np.uint8)
 
 
 class _Decoder:
-    """Tables per slot of 2^PRECISION: the byte, its frequency, the slot's distance from the byte's first slot."""
+    """Steps all lanes at once. The table holds, per slot of 2^PRECISION, all that a step needs, so that it is looked up
+    once: the byte in bits 0-7, the slot's distance from the byte's first slot from bit 8, its frequency from bit 32.
+    Words of 64 bits, because numpy takes nothing else as indices without a conversion."""
 
     def __init__(self, values: Bytes, frequencies: Counts, words: Words) -> None:
         starts = np.cumsum(frequencies) - frequencies
-        self._value = np.repeat(values, frequencies)
-        self._frequency = np.repeat(frequencies, frequencies).astype(np.uint32)
-        self._distance = (np.arange(1 << PRECISION) - np.repeat(starts, frequencies)).astype(np.uint32)
+        distance = np.arange(1 << PRECISION) - np.repeat(starts, frequencies)
+        table = np.repeat(frequencies, frequencies) << 32 | distance << 8 | np.repeat(values, frequencies)
+        self._table: Words = table.view(np.uint64)
         self._words = words
         self._used = 0
 
     def run(self, states: Words, out: Bytes) -> int:
         """Fill `out`, leaving the final states in `states`; the number of words used."""
         lanes = states.size
+        slots, entries = np.empty(lanes, np.uint64), np.empty(lanes, np.uint64)
         for start in range(0, out.size, lanes):
             row = out[start : start + lanes]
-            self._step(states[: row.size], row)
+            self._step(states[: row.size], slots[: row.size], entries[: row.size], row)
         return self._used
 
-    def _step(self, states: Words, out: Bytes) -> None:
-        slots = (states & np.uint32((1 << PRECISION) - 1)).astype(np.intp)
-        self._value.take(slots, out=out, mode="clip")
-        states >>= np.uint32(PRECISION)
-        states *= self._frequency.take(slots)
-        states += self._distance.take(slots)
+    def _step(self, states: Words, slots: Words, entries: Words, out: Bytes) -> None:
+        np.bitwise_and(states, _SLOT_MASK, out=slots)
+        self._table.take(slots.view(np.int64), out=entries, mode="clip")
+        out[:] = entries  # the low byte
+        np.right_shift(entries, _FREQUENCY_SHIFT, out=slots)
+        states >>= _STATE_SHIFT
+        states *= slots
+        entries >>= _DISTANCE_SHIFT
+        entries &= _SLOT_MASK
+        states += entries
         low = (states < LOW).nonzero()[0]
         if low.size == 0:
             return
         words = self._words[self._used : self._used + low.size]
         if words.size < low.size:
             raise _bad("its words are cut")
-        states[low] = states[low] << np.uint32(16) | words
+        states[low] = states[low] << _WORD_SHIFT | words
         self._used += low.size
 
 
 def _lanes_log2(size: int, coded_bytes: float) -> int:
     affordable = max(0, int(coded_bytes / _BYTES_PER_LANE).bit_length() - 1)
     needed = max(0, (-(-size // MAX_STEPS) - 1).bit_length())
-    return min(MAX_LANES_LOG2, max(affordable, needed))
+    possible = max(1, size // _TAIL_BYTES).bit_length() - 1
+    return min(MAX_LANES_LOG2, max(affordable, needed), possible)
 
 
 def _quantise(histogram: Counts) -> Counts:
@@ -142,17 +162,18 @@ def _encode_lanes(plane: Bytes, frequencies: Counts, lanes: int) -> tuple[bytes,
     """Run the steps of the decoder backwards; the states and the words that it will start from."""
     frequency = frequencies.astype(np.uint64)
     start = np.cumsum(frequency) - frequency
-    states = np.full(lanes, LOW, np.uint64)
+    body = plane.size - _TAIL_BYTES * lanes
+    states = plane[body:].view("<u2").astype(np.uint64) + np.uint64(LOW)
     words: list[NDArray[np.uint16]] = []
-    for first in range((plane.size - 1) // lanes * lanes, -1, -lanes):
-        values = plane[first : first + lanes]
+    for first in range((body - 1) // lanes * lanes, -1, -lanes):
+        values = plane[first : min(first + lanes, body)]
         state, f = states[: values.size], frequency[values]
         full = state >= f << np.uint64(32 - PRECISION)
         words.append(state[full].astype("<u2"))
-        state[full] >>= np.uint64(16)
+        state[full] >>= _WORD_SHIFT
         quotient, remainder = np.divmod(state, f)
-        state[:] = (quotient << np.uint64(PRECISION)) + remainder + start[values]
-    return states.astype("<u4").tobytes(), np.concatenate(words[::-1]).tobytes()
+        state[:] = (quotient << _STATE_SHIFT) + remainder + start[values]
+    return states.astype("<u4").tobytes(), b"".join(group.tobytes() for group in reversed(words))
 
 
 def _parse_frequencies(coded: bytes) -> tuple[Bytes, Counts, int]:

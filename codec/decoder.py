@@ -2,41 +2,48 @@
 
 Owns the files below the directory that it is given, until it returns. Invariant: it returns only when every file has
 the size and SHA-256 that the manifest states. Every size comes from the manifest or the verified index; beside the
-file-backed targets, memory is one chunk per thread. A crash leaves a directory without `version.json`, which nobody
-takes for a version; nothing here is made durable.
+file-backed targets, memory is the planes of one chunk per thread. Frames may still be arriving: chunks are decoded as
+they become whole. A crash leaves a directory without `version.json`, which nobody takes for a version; nothing here is
+made durable.
 """
 
 import errno
-import hashlib
-import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
+from codec.arrivals import Arrivals
 from codec.difference import add
 from codec.plan import Chunk, plan_chunks
-from codec.planes import Bytes, join_planes, split_planes
-from codec.sections import decode_section_into
+from codec.planes import PLANE_NAMES, Bytes, expand_sparse, join_planes, split_planes
+from codec.sections import check_section, decode_section_into
+from codec.target import Target
 from codec.versions import VERSION_FILE, Partner, find_partners, read_version
 from wire.digest import digest_of
 from wire.documents import encode_document
 from wire.errors import ArtifactError, Code, StoreError
-from wire.index import Index, SectionCodec, parse_index
-from wire.manifest import SECTION_LIMIT_BYTES, FileEntry, Layout, Manifest, VersionDocument, streams_of
-
-_FILE_MODE = 0o640
-_HASH_BLOCK_BYTES = 1 << 20
-_Item = TypeVar("_Item")
+from wire.index import Index, Section, SectionCodec, parse_index
+from wire.manifest import SECTION_LIMIT_BYTES, Manifest, VersionDocument, streams_of
 
 
-def decode_pack(manifest: Manifest, pack: Path, into: Path, *, base: Path | None = None, threads: int = 2) -> None:
+def decode_pack(  # noqa: PLR0913  # what most callers leave out has its name
+    manifest: Manifest,
+    pack: Path,
+    into: Path,
+    *,
+    base: Path | None = None,
+    threads: int = 2,
+    arriving: Iterable[Iterable[int]] | None = None,
+) -> None:
     """Write the version that `pack` encodes into the existing empty directory `into`; `base` for a delta.
+
+    `arriving` gives the numbers of frames as they come to be in the pack, which has its full size and its index from
+    the beginning; it is read in a thread of its own. Without it all frames are there.
 
     Raises ArtifactError when pack or base differ from what the manifest signs, StoreError when the disk refuses.
     Does not flush: the caller commits.
@@ -49,10 +56,48 @@ def decode_pack(manifest: Manifest, pack: Path, into: Path, *, base: Path | None
         if source.size_bytes != manifest.pack_size_bytes:
             raise ArtifactError(Code.BAD_INDEX, "pack has another size than its manifest says; fetch it again")
         chunks = plan_chunks(manifest, _read_index(manifest, source))
-        targets = [_create_target(into / entry.path, entry.size_bytes) for entry in entries]
-        _for_each(_Decoder(source, targets, bases).decode, chunks, threads)
-        _for_each(_verify_file, list(zip(entries, targets, strict=True)), threads)
+        starts: list[list[int]] = [[] for _ in entries]
+        for chunk in chunks:
+            starts[chunk.stream.file].append(chunk.offset)
+        targets = [Target(into, *pair) for pair in zip(entries, starts, strict=True)]
+        decoder = _Decoder(source, targets, bases)
+        _decode_all(decoder, Arrivals(manifest, chunks), arriving or [range(manifest.frame_count)], threads)
+        for number, target in enumerate(targets):
+            try:
+                target.verify()
+            except ArtifactError:
+                decoder.blame(chunk for chunk in chunks if chunk.stream.file == number)
+                raise
         (into / VERSION_FILE).write_bytes(encode_document(manifest.version))
+
+
+def _decode_all(decoder: "_Decoder", arrivals: Arrivals, arriving: Iterable[Iterable[int]], threads: int) -> None:
+    """Decode all chunks in `threads` threads, this one among them; the first failure stops all and is raised."""
+
+    def feed() -> None:
+        try:
+            for frames in arriving:
+                arrivals.add(frames)
+            arrivals.end()
+        except BaseException as error:  # noqa: BLE001  # raised again by the caller's thread
+            arrivals.fail(error)
+
+    def drain() -> None:
+        try:
+            while (chunk := arrivals.take()) is not None:
+                decoder.decode(chunk)
+        except BaseException as error:  # noqa: BLE001  # raised again by the caller's thread
+            arrivals.fail(error)
+
+    # A daemon: after a failure it may wait for frames for ever, and nobody listens any more.
+    threading.Thread(target=feed, name="decode-feed", daemon=True).start()
+    others = [threading.Thread(target=drain, name=f"decode-{number}") for number in range(1, threads)]
+    for thread in others:
+        thread.start()
+    drain()
+    for thread in others:
+        thread.join()
+    arrivals.check()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,36 +128,63 @@ class _Base:
         return self.file.read(self.partner.stream.offset + start, end - start)
 
 
+class _Scratch(threading.local):
+    """Planes of the chunk that a thread is at; kept, because fresh memory costs a page fault every 4 KiB."""
+
+    def __init__(self) -> None:
+        self._planes: list[Bytes] = []
+
+    def planes(self, sizes: Sequence[int]) -> list[Bytes]:
+        """An array per size (at most SECTION_LIMIT_BYTES), uint8, of any content."""
+        while len(self._planes) < len(sizes):
+            self._planes.append(np.empty(SECTION_LIMIT_BYTES, np.uint8))
+        return [plane[:size] for plane, size in zip(self._planes, sizes, strict=False)]
+
+
 @dataclass(frozen=True, slots=True)
 class _Decoder:
     """Decodes chunks. Threads share it: chunks touch disjoint bytes of the targets and nothing else changes."""
 
     pack: _Source
-    targets: Sequence[Bytes]
+    targets: Sequence[Target]
     bases: Sequence[_Base | None]
+    scratch: _Scratch = field(default_factory=_Scratch)
 
     def decode(self, chunk: Chunk) -> None:
-        """Decode one chunk into its slice of the target file."""
+        """Decode one chunk into its slice of the target file, which hashes it when its turn comes."""
+        target = self.targets[chunk.stream.file]
+        self._decode_into(chunk, target.bytes[chunk.offset : chunk.stream.offset + chunk.end])
+        target.finish_chunk(chunk.offset)
+
+    def blame(self, chunks: Iterable[Chunk]) -> None:
+        """A file came out wrong: raise ArtifactError(bad_section) for the first section whose CRC-32 says so too."""
+        for chunk in chunks:
+            planes = self.scratch.planes([section.raw_size for section in chunk.sections])
+            for section, plane in zip(chunk.sections, self._decode_planes(chunk, planes), strict=True):
+                check_section(section, plane, chunk.stream.name or chunk.stream.path)
+
+    def _decode_into(self, chunk: Chunk, out: Bytes) -> None:
         stream = chunk.stream
-        out = self.targets[stream.file][stream.offset + chunk.start : stream.offset + chunk.end]
         if chunk.operation == "c":
             out[:] = self._base_bytes(chunk)
-        elif chunk.operation == "f" and stream.layout is Layout.BYTES:
+        elif chunk.operation == "f" and len(PLANE_NAMES[stream.layout]) == 1:
             self._decode_planes(chunk, [out])
         else:
-            planes = [np.empty(section.raw_size, np.uint8) for section in chunk.sections]
-            self._decode_planes(chunk, planes)
-            if chunk.operation == "d":
+            planes = self._decode_planes(chunk, self.scratch.planes([section.raw_size for section in chunk.sections]))
+            if chunk.operation == "s":
+                planes = expand_sparse(planes, chunk.items)
+            elif chunk.operation == "d":
                 old = split_planes(stream.layout, self._base_bytes(chunk))
                 planes = [add(stream.dtype, a, d) for a, d in zip(old, planes, strict=True)]
             join_planes(stream.layout, planes, out)
 
-    def _decode_planes(self, chunk: Chunk, planes: Sequence[Bytes]) -> None:
+    def _decode_planes(self, chunk: Chunk, planes: list[Bytes]) -> list[Bytes]:
         position = chunk.position
         for section, plane in zip(chunk.sections, planes, strict=True):
-            dictionary = self._dictionary(chunk) if section.codec is SectionCodec.DICTIONARY else None
+            dictionary = self._dictionary(chunk, section)
             decode_section_into(section, self.pack.read(position, section.coded_size), plane, dictionary)
             position += section.coded_size
+        return planes
 
     def _base_bytes(self, chunk: Chunk) -> Bytes:
         base = self.bases[chunk.row]
@@ -120,11 +192,12 @@ class _Decoder:
             raise _wrong_base(f"it lacks stream {chunk.stream.name or chunk.stream.path}")
         return np.frombuffer(base.read(chunk.start, chunk.end), np.uint8)
 
-    def _dictionary(self, chunk: Chunk) -> bytes | None:
+    def _dictionary(self, chunk: Chunk, section: Section) -> bytes | None:
         base = self.bases[chunk.row]
-        if chunk.operation != "f" or base is None or base.partner.stream.size_bytes > SECTION_LIMIT_BYTES:
+        if section.codec is not SectionCodec.DICTIONARY or chunk.operation != "f" or base is None:
             return None
-        return base.read(0, base.partner.stream.size_bytes)
+        size_bytes = base.partner.stream.size_bytes
+        return base.read(0, size_bytes) if size_bytes <= SECTION_LIMIT_BYTES else None
 
 
 def _read_index(manifest: Manifest, pack: _Source) -> Index:
@@ -182,55 +255,6 @@ def _check_space(directory: Path, size_bytes: int) -> None:
         raise StoreError(
             Code.NO_SPACE, f"the version needs {size_bytes} bytes and the disk has {free_bytes}: make room, then retry"
         )
-
-
-def _create_target(path: Path, size_bytes: int) -> Bytes:
-    """Map a new file of zeros. Its blocks are reserved first: a full disk is an error here, not a SIGBUS later."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE_MODE)
-    try:
-        if size_bytes == 0:
-            return np.empty(0, np.uint8)
-        os.posix_fallocate(descriptor, 0, size_bytes)
-        return np.frombuffer(mmap.mmap(descriptor, size_bytes), np.uint8)
-    finally:
-        os.close(descriptor)
-
-
-def _verify_file(item: tuple[FileEntry, Bytes]) -> None:
-    entry, target = item
-    digest = hashlib.sha256()
-    for start in range(0, target.size, _HASH_BLOCK_BYTES):
-        digest.update(target[start : start + _HASH_BLOCK_BYTES].data)
-    if digest.hexdigest() != entry.sha256:
-        raise ArtifactError(
-            Code.DIGEST_MISMATCH, f"{entry.path} decodes to other bytes than were signed; publish the release again"
-        )
-
-
-def _for_each(work: Callable[[_Item], None], items: Iterable[_Item], threads: int) -> None:
-    """Do `work` on every item in `threads` threads, this one among them; the first failure stops all and is raised."""
-    waiting, lock = iter(items), threading.Lock()
-    failures: list[BaseException] = []
-
-    def drain() -> None:
-        while not failures:
-            with lock:
-                item = next(waiting, None)
-            if item is None:
-                return
-            try:
-                work(item)
-            except BaseException as error:  # noqa: BLE001  # raised again by the caller's thread
-                failures.append(error)
-
-    others = [threading.Thread(target=drain, name=f"decode-{number}") for number in range(1, threads)]
-    for thread in others:
-        thread.start()
-    drain()
-    for thread in others:
-        thread.join()
-    if failures:
-        raise failures[0]
 
 
 @contextmanager

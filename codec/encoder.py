@@ -24,12 +24,17 @@ from numpy.typing import NDArray
 from codec.difference import subtract, symbol_bits
 from codec.entropy import byte_histogram, entropy_bytes
 from codec.plan import cut
-from codec.planes import PLANE_NAMES, Bytes, split_planes
+from codec.planes import ITEM_BYTES, PLANE_NAMES, Bytes, compact_sparse, plane_names, split_planes
 from codec.sections import CodedSection, encode_section
 from codec.versions import check_version, find_partners, stream_bytes
 from wire.digest import digest_of
 from wire.index import Index, Section, encode_index
 from wire.manifest import FRAME_BYTES, SECTION_LIMIT_BYTES, Stream, VersionDocument, streams_of
+
+SPARSE_LEAST = 1 / 16
+SPARSE_LEAST_BYTES = 1 / 4
+"""Shares of zero items from which a mask is tried. A mask says once what several planes would each say; where there is
+one plane its histogram says it as well, until whole bits become too many for it."""
 
 Progress = Callable[[int, int], None]
 """Called with (stored bytes coded so far, stored bytes in all), from the caller's thread."""
@@ -74,9 +79,9 @@ class _Job:
     """One chunk of a stream, to be coded by one operation."""
 
     stream: Stream
+    operation: str
     new: Bytes
     old: Bytes | None
-    """The base's bytes for a difference, None for a full chunk."""
     dictionary: bytes | None
 
 
@@ -142,8 +147,9 @@ def _code_streams(
     jobs = (
         _Job(
             source.stream,
+            operation,
             source.new[start:end],
-            source.old[start:end] if operation == "d" and source.old is not None else None,
+            source.old[start:end] if source.old is not None else None,
             source.dictionary,
         )
         for source, operations in zip(sources, plans, strict=True)
@@ -175,9 +181,19 @@ def _open_sources(
 
 def _candidates(source: _Source) -> str:
     """Operations to try, the one without base first: it wins where two are equal."""
-    if source.old is None:
-        return "f"
-    return "c" if np.array_equal(source.new, source.old) else "fd"
+    if source.old is not None and np.array_equal(source.new, source.old):
+        return "c"
+    full = "fs" if _is_sparse(source.stream, source.new) else "f"
+    return full if source.old is None else full + "d"
+
+
+def _is_sparse(stream: Stream, data: Bytes) -> bool:
+    """Whether so many items of a tensor are zero that a mask may be worth its bits."""
+    if not stream.name:
+        return False
+    items = data.view(f"u{ITEM_BYTES[stream.layout]}")
+    least = SPARSE_LEAST if len(PLANE_NAMES[stream.layout]) > 1 else SPARSE_LEAST_BYTES
+    return items.size - int(np.count_nonzero(items)) >= least * items.size > 0
 
 
 def _in_order(jobs: Iterable[_Job]) -> Iterator[_CodedChunk]:
@@ -194,12 +210,15 @@ def _in_order(jobs: Iterable[_Job]) -> Iterator[_CodedChunk]:
 
 
 def _code_chunk(job: _Job) -> _CodedChunk:
-    planes, sparse, dictionary = split_planes(job.stream.layout, job.new), None, job.dictionary
-    if job.old is not None:
-        dictionary = None
+    planes, sparse, dictionary = split_planes(job.stream.layout, job.new), None, None
+    if job.operation == "d" and job.old is not None:
         sparse = symbol_bits(job.stream.dtype)
         old = split_planes(job.stream.layout, job.old)
         planes = [subtract(job.stream.dtype, n, o) for n, o in zip(planes, old, strict=True)]
+    elif job.operation == "s":
+        planes = compact_sparse(planes)
+    else:
+        dictionary = job.dictionary
     sections = [encode_section(plane, sparse_symbol_bits=sparse, dictionary=dictionary) for plane in planes]
     return tuple(_CodedPlane(s, byte_histogram(p)) for s, p in zip(sections, planes, strict=True))
 
@@ -214,7 +233,7 @@ def _write_chunks(row: int, chunks: Sequence[_CodedChunk], sink: IO[bytes]) -> I
 def _figures(stream: Stream, coded: _CodedStream) -> Iterator[PlaneFigures]:
     if not coded.chunks:
         return
-    for name, planes in zip(PLANE_NAMES[stream.layout], zip(*coded.chunks, strict=True), strict=True):
+    for name, planes in zip(plane_names(stream.layout, coded.operation), zip(*coded.chunks, strict=True), strict=True):
         sections = [plane.section for plane in planes]
         histogram = np.sum([plane.histogram for plane in planes], axis=0)
         yield PlaneFigures(

@@ -31,6 +31,17 @@ ITEM_BYTES: dict[Layout, int] = {
 }
 
 
+_BLOCK_ITEMS = 1 << 15
+
+MASK_ITEMS = 8
+"""Items that a byte of a mask tells of."""
+
+
+def plane_names(layout: Layout, operation: str) -> tuple[str, ...]:
+    """Names of the planes that a stream is coded as; a sparse one (operation `s`) begins with its mask."""
+    return ("mask", *PLANE_NAMES[layout]) if operation == "s" else PLANE_NAMES[layout]
+
+
 def item_count(layout: Layout, size_bytes: int) -> int:
     """Items in a stream of `size_bytes`, which is the size of each of its planes; ArtifactError when one is cut."""
     if size_bytes % ITEM_BYTES[layout]:
@@ -67,7 +78,36 @@ def join_planes(layout: Layout, planes: list[Bytes], out: Bytes) -> None:
     if layout is Layout.BYTES:
         out[:] = planes[0]
         return
-    items = out.view("<u2" if ITEM_BYTES[layout] == 2 else "<u4")  # whole words: five times faster than byte columns
+    # Whole words: five times faster than byte columns. In blocks, so that what lies in between stays in the cache.
+    items = out.view("<u2" if ITEM_BYTES[layout] == 2 else "<u4")
+    for start in range(0, items.size, _BLOCK_ITEMS):
+        block = slice(start, start + _BLOCK_ITEMS)
+        _join_block(layout, [plane[block] for plane in planes], items[block])
+
+
+def compact_sparse(planes: list[Bytes]) -> list[Bytes]:
+    """A mask with a bit per item (least significant first, set unless all its bytes are zero), then `planes` with only
+    the items that it sets."""
+    occupied = np.bitwise_or.reduce(planes) != 0
+    return [np.packbits(occupied, bitorder="little"), *(plane[occupied] for plane in planes)]
+
+
+def expand_sparse(planes: list[Bytes], items: int) -> list[Bytes]:
+    """The inverse of compact_sparse. Raises ArtifactError(bad_section) when mask and planes do not fit each other."""
+    mask, *compact = planes
+    bits = np.unpackbits(mask, bitorder="little").view(np.bool_)
+    occupied, count = bits[:items], int(np.count_nonzero(bits))
+    if any(plane.size != count for plane in compact) or bits[items:].any():
+        raise ArtifactError(Code.BAD_SECTION, "the mask of a sparse chunk does not fit its planes; fetch it again")
+    expanded = []
+    for plane in compact:
+        full = np.zeros(items, np.uint8)
+        full[occupied] = plane
+        expanded.append(full)
+    return expanded
+
+
+def _join_block(layout: Layout, planes: list[Bytes], items: NDArray[np.unsignedinteger]) -> None:
     if layout is Layout.F16:
         items[:] = planes[0]
         items <<= 8

@@ -1,7 +1,8 @@
 """One section: the smallest of the codecs, and back.
 
-A section holds at most SECTION_LIMIT_BYTES of one plane. Its CRC-32 covers the decoded plane bytes, so that a codec
-that decodes to the right length but the wrong bytes is noticed where it happened.
+A section holds at most SECTION_LIMIT_BYTES of one plane. Its CRC-32 covers the decoded plane bytes. What vouches for
+them is the SHA-256 of their file; the CRC says which section it was when a file came out wrong, and is looked at only
+then, since it would cost a seventh of the time of decoding.
 """
 
 import zlib
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from codec.ans import ans_size_bytes, decode_ans_into, encode_ans
 from codec.entropy import byte_histogram
 from codec.huffman import (
-    LEVELS,
     decode_dictionary_into,
     decode_huffman_into,
     encode_dictionary,
@@ -21,9 +21,15 @@ from codec.rice import decode_rice_into, encode_rice
 from wire.errors import ArtifactError, Code
 from wire.index import Section, SectionCodec
 
-ANS_SHARE = 0.985
+ANS_SHARE = 0.98
 ANS_LEAST_BYTES = 1024
-"""ANS takes some 20 ms of a section where the others take one: it must save 1.5 % of it, and a KiB."""
+"""ANS takes some 10 ms of a section where the others take one: it must save 2 % of it, and a KiB. In effect that is
+where a symbol costs less than about 1.5 bit, and Huffman's whole bits are dear."""
+
+_COST = {
+    SectionCodec.RAW: 0, SectionCodec.HUFFMAN: 1, SectionCodec.DICTIONARY: 2, SectionCodec.RICE: 3,
+}  # fmt: skip
+"""Order of the others by what decoding costs: it decides between candidates of one size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,24 +49,27 @@ class CodedSection:
 def encode_section(
     plane: Bytes, *, sparse_symbol_bits: int | None = None, dictionary: bytes | None = None
 ) -> CodedSection:
-    """Code `plane` (uint8 [n], n >= 1) with whichever codec is smallest; ties go to the cheaper one to decode.
+    """Code `plane` (uint8 [n]) with whichever codec is smallest; ties go to the cheaper one to decode.
 
     `sparse_symbol_bits` (4 or 8) marks a difference, where most symbols of that width are zero: Rice is tried too.
     `dictionary` is what the base holds in the place of the whole stream.
     """
     raw = plane.tobytes()
+    if not raw:
+        return CodedSection(SectionCodec.RAW, 0, zlib.crc32(b""), b"")
     candidates = [(SectionCodec.RAW, raw)]
     sparse = None if sparse_symbol_bits is None else encode_rice(plane, sparse_symbol_bits)
     if sparse is not None:
         candidates.append((SectionCodec.RICE, sparse))
-    # Level 19 creeps over long runs of zeros (1 MB/s) and finds nothing there that Rice does not say in fewer bits.
-    candidates.append((SectionCodec.HUFFMAN, encode_huffman(raw, LEVELS if sparse is None else LEVELS[:1])))
     prefixed = None if dictionary is None else encode_dictionary(raw, dictionary)
     if prefixed is not None:
         candidates.append((SectionCodec.DICTIONARY, prefixed))
-    codec, coded = min(candidates, key=lambda candidate: len(candidate[1]))
+    ans_bytes = ans_size_bytes(byte_histogram(plane))
+    beat_bytes = min(ans_bytes / ANS_SHARE, *(len(coded) for _, coded in candidates))
+    candidates.append((SectionCodec.HUFFMAN, encode_huffman(raw, beat_bytes)))
+    codec, coded = min(candidates, key=lambda candidate: (len(candidate[1]), _COST[candidate[0]]))
     worth = min(len(coded) * ANS_SHARE, len(coded) - ANS_LEAST_BYTES)
-    if ans_size_bytes(byte_histogram(plane)) < worth:
+    if ans_bytes < worth:
         candidate = encode_ans(plane)
         if len(candidate) < worth:
             codec, coded = SectionCodec.ANS, candidate
@@ -86,5 +95,12 @@ def decode_section_into(section: Section, coded: bytes, out: Bytes, dictionary: 
             if dictionary is None:
                 raise ArtifactError(Code.BAD_SECTION, "section needs a base that has no such stream; publish it again")
             decode_dictionary_into(coded, out, dictionary)
-    if zlib.crc32(out.data) != section.crc32:
-        raise ArtifactError(Code.BAD_SECTION, "section decodes to other bytes than were packed; fetch it again")
+
+
+def check_section(section: Section, decoded: Bytes, stream: str) -> None:
+    """ArtifactError(bad_section) unless `decoded` (uint8 [section.raw_size]), of the named stream, has its CRC-32."""
+    if zlib.crc32(decoded.data) != section.crc32:
+        raise ArtifactError(
+            Code.BAD_SECTION,
+            f"a section of {stream}, plane {section.plane}, decodes to other bytes than were packed; fetch it again",
+        )

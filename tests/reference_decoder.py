@@ -42,16 +42,23 @@ def decode(manifest: bytes, pack: bytes, base: Path | None = None) -> dict[str, 
             continue
         stored = bytearray()
         while len(stored) < size:
-            rows, table = table[: PLANES[layout]], table[PLANES[layout] :]
+            count = PLANES[layout] + (operation == "s")
+            rows, table = table[:count], table[count:]
+            left = (size - len(stored)) // ITEM_BYTES[layout]
+            items = min(8 * rows[0][4], left) if operation == "s" else rows[0][4]
             planes = []
             for plane, row in enumerate(rows):
                 assert row[:2] == (number, plane)
-                assert row[4] == rows[0][4]
+                assert row[4] == items or (operation == "s" and row[4] < items)
                 planes.append(decode_section(row, pack[position : position + row[5]], old_stream))
                 position += row[5]
+            if operation == "s":
+                bits = [byte >> bit & 1 for byte in planes[0] for bit in range(8)]
+                assert not any(bits[items:])
+                planes = [expand(bits[:items], plane) for plane in planes[1:]]
             if operation == "d":
                 assert partner is not None
-                old = split(layout, partner[len(stored) : len(stored) + rows[0][4] * ITEM_BYTES[layout]])
+                old = split(layout, partner[len(stored) : len(stored) + items * ITEM_BYTES[layout]])
                 planes = [add(dtype, p, o) for p, o in zip(planes, old, strict=True)]
             stored += join(layout, planes)
         files[path][offset : offset + size] = stored
@@ -60,6 +67,13 @@ def decode(manifest: bytes, pack: bytes, base: Path | None = None) -> dict[str, 
     for entry in version["files"]:
         assert sha256(files[entry["path"]]).hexdigest() == entry["sha256"]
     return {**{path: bytes(data) for path, data in files.items()}, "version.json": canonical}
+
+
+def expand(bits: list[int], compact: bytes) -> bytes:
+    rest = iter(compact)
+    plane = bytes(next(rest) if bit else 0 for bit in bits)
+    assert next(rest, None) is None
+    return plane
 
 
 def canonical_json(value: Any) -> bytes:
@@ -147,19 +161,18 @@ def decode_ans(coded: bytes, size: int) -> bytes:
                 break
         start = len(slots)
         slots += [(value, frequency, start)] * frequency
-    assert len(slots) == 8192
+    assert len(slots) == 16384
     states = list(struct.unpack_from(f"<{lanes}I", coded, position))
     words = iter(struct.unpack(f"<{(len(coded) - position - 4 * lanes) // 2}H", coded[position + 4 * lanes :]))
     out = bytearray()
-    for number in range(size):
+    for number in range(size - 2 * lanes):
         state = states[number % lanes]
-        value, frequency, start = slots[state % 8192]
+        value, frequency, start = slots[state % 16384]
         out.append(value)
-        state = frequency * (state // 8192) + state % 8192 - start
+        state = frequency * (state // 16384) + state % 16384 - start
         states[number % lanes] = state * 65536 + next(words) if state < 65536 else state
-    assert states == [65536] * lanes
     assert next(words, None) is None
-    return bytes(out)
+    return bytes(out) + struct.pack(f"<{lanes}H", *(state - 65536 for state in states))
 
 
 def decode_rice(coded: bytes, size: int) -> bytes:

@@ -94,7 +94,7 @@ def parse_index(data: bytes, data_size_bytes: int) -> Index:
 
 def _parse_section(row: tuple[int, ...]) -> Section:
     stream, plane, codec, reserved, raw_size, coded_size, crc32 = row
-    if reserved != 0 or not 0 < raw_size <= SECTION_LIMIT_BYTES or not 0 < coded_size <= SECTION_LIMIT_BYTES:
+    if reserved != 0 or max(raw_size, coded_size) > SECTION_LIMIT_BYTES or (raw_size == 0) != (coded_size == 0):
         raise _bad("a section's sizes are out of range")
     try:
         return Section(stream, plane, SectionCodec(codec), raw_size, coded_size, crc32)

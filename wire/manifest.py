@@ -204,8 +204,9 @@ class Manifest(Command):
     version: VersionDocument
     base: Digest | None = None
     """Decoded digest of the version that a delta applies to; None for a full artifact."""
-    operations: Annotated[str, StringConstraints(pattern=r"^[fcd]*$", max_length=100_000, strict=True)]
-    """One letter per stream: f = full, c = copied from the base, d = difference to the base's stream of that name."""
+    operations: Annotated[str, StringConstraints(pattern=r"^[fscd]*$", max_length=100_000, strict=True)]
+    """One letter per stream: f = full, s = full and sparse (a mask, and the items that it sets),
+    c = copied from the base, d = difference to the base's stream of that name."""
     index_size_bytes: Annotated[int, Field(ge=1, le=INDEX_LIMIT_BYTES)]
     index_frames: tuple[Digest, ...]
     pack_size_bytes: Size
@@ -220,7 +221,7 @@ class Manifest(Command):
             raise ValueError("decoded is not the digest of version")
         if len(self.operations) != len(streams_of(self.version)):
             raise ValueError("operations must have one letter per stream")
-        if self.base is None and set(self.operations) - {"f"}:
+        if self.base is None and set(self.operations) - {"f", "s"}:
             raise ValueError("a full artifact cannot copy or subtract")
         if len(self.index_frames) != -(-self.index_size_bytes // FRAME_BYTES):
             raise ValueError("index_frames does not cover index_size_bytes")

@@ -1,12 +1,13 @@
 """Round trips of whole version directories, full and delta, and refusals of packs that are not what was signed."""
 
-import hashlib
 import os
+import random
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from codec.decoder import decode_pack
@@ -14,7 +15,7 @@ from codec.encoder import encode_pack
 from tests.fixtures.codec.versions import make_manifest, make_version, same_files, write_files
 from wire.documents import encode_document
 from wire.errors import ArtifactError, Code, StoreError
-from wire.index import index_size
+from wire.index import index_size, parse_index
 from wire.manifest import TensorColumns, VersionDocument
 
 
@@ -60,6 +61,71 @@ def test_delta_decodes_to_the_same_directory_and_is_small(tmp_path: Path) -> Non
     assert same_files(tmp_path / "v", tmp_path / "out")
 
 
+@pytest.mark.parametrize("pruned", [0.5, 0.9, 1.0])
+def test_pruned_floats_are_coded_without_their_zeros(tmp_path: Path, pruned: float) -> None:
+    version = make_version(tmp_path / "v", weights=600, floats=200_000, pruned=pruned)
+    dense = make_version(tmp_path / "dense", weights=600, floats=200_000)
+    encoded = encode_pack(version, tmp_path / "v", tmp_path / "p")
+    before = encode_pack(dense, tmp_path / "dense", tmp_path / "dense.pack")
+    assert encoded.operations == "fssssffff"
+    assert before.operations == "f" * 9
+    kept = 1 - pruned
+    # A mask of one bit per weight (less where few remain), and the weights that remain.
+    assert encoded.pack_size_bytes <= before.pack_size_bytes * kept + 4 * 200_000 / 8 + 5000
+    (tmp_path / "out").mkdir()
+    decode_pack(make_manifest(version, encoded), tmp_path / "p", tmp_path / "out")
+    assert same_files(tmp_path / "v", tmp_path / "out")
+
+
+def test_negative_zeros_are_kept(tmp_path: Path) -> None:
+    version = make_version(tmp_path / "v", weights=600, floats=50_000, pruned=0.9)
+    weights = np.fromfile(tmp_path / "v" / "weights.bin", np.uint8)
+    brain = weights[version.tensors.offset[4] :].view("<u2")
+    brain[brain == 0] = 0x8000
+    files = {entry.path: (tmp_path / "v" / entry.path).read_bytes() for entry in version.files}
+    (tmp_path / "w").mkdir()
+    entries = write_files(tmp_path / "w", {**files, "weights.bin": weights.tobytes()})
+    version = version.model_copy(update={"files": entries})
+    (tmp_path / "w" / "version.json").write_bytes(encode_document(version))
+    encoded = encode_pack(version, tmp_path / "w", tmp_path / "p")
+    assert encoded.operations == "fsssfffff"
+    (tmp_path / "out").mkdir()
+    decode_pack(make_manifest(version, encoded), tmp_path / "p", tmp_path / "out")
+    assert same_files(tmp_path / "w", tmp_path / "out")
+
+
+def test_frames_that_arrive_in_any_order_decode_meanwhile(tmp_path: Path) -> None:
+    """The pack on the disk is filled frame by frame while it is decoded; what is not there yet reads as zeros."""
+    version = make_version(tmp_path / "v")
+    encoded = encode_pack(version, tmp_path / "v", tmp_path / "p")
+    manifest, pack = make_manifest(version, encoded), (tmp_path / "p").read_bytes()
+    order = list(range(1, manifest.frame_count))
+    random.Random(7).shuffle(order)
+    (tmp_path / "out").mkdir()
+
+    def arriving() -> Iterator[list[int]]:
+        with (tmp_path / "staged").open("r+b") as staged:
+            yield [0]
+            for frame in order:
+                start, end = manifest.frame_range(frame)
+                os.pwrite(staged.fileno(), pack[start:end], start)
+                yield [frame, frame]
+
+    (tmp_path / "staged").write_bytes(pack[: encoded.index_size_bytes].ljust(len(pack), b"\0"))
+    decode_pack(manifest, tmp_path / "staged", tmp_path / "out", arriving=arriving())
+    assert same_files(tmp_path / "v", tmp_path / "out")
+
+
+def test_fetch_that_ends_early_ends_the_decoding(tmp_path: Path) -> None:
+    version = make_version(tmp_path / "v")
+    manifest = make_manifest(version, encode_pack(version, tmp_path / "v", tmp_path / "p"))
+    for frames, what in (([0, 1, 2], "before the pack was whole"), ([manifest.frame_count], "has no frame")):
+        (tmp_path / what).mkdir()
+        with pytest.raises(ArtifactError, match=what):
+            decode_pack(manifest, tmp_path / "p", tmp_path / what, arriving=[frames])
+        assert not (tmp_path / what / "version.json").exists()
+
+
 def test_delta_on_another_base_is_refused(tmp_path: Path) -> None:
     base = make_version(tmp_path / "base")
     other = make_version(tmp_path / "other", seed=2)
@@ -88,16 +154,18 @@ def test_flipped_bit_in_any_part_of_the_pack_is_refused(tmp_path: Path) -> None:
             decode_pack(manifest, tmp_path / "p", out)
 
 
-def test_section_with_a_wrong_crc_is_refused_before_the_file_hash(tmp_path: Path) -> None:
-    version = make_version(tmp_path / "v")
+def test_damaged_section_is_named_by_its_crc(tmp_path: Path) -> None:
+    """Its frame's hash is made to fit again, so that only the file's SHA-256 sees it, and the CRC says where."""
+    version = make_version(tmp_path / "v", weights=6000)
     encoded = encode_pack(version, tmp_path / "v", tmp_path / "p")
     spoiled = bytearray((tmp_path / "p").read_bytes())
-    spoiled[encoded.index_size_bytes - 1] ^= 1  # the last section's CRC, its frame's hash made to fit again
+    index = parse_index(bytes(spoiled[: encoded.index_size_bytes]), len(spoiled) - encoded.index_size_bytes)
+    row = next(n for n, section in enumerate(index.sections) if section.stream == 4 and section.codec == 0)
+    spoiled[encoded.index_size_bytes + sum(section.coded_size for section in index.sections[:row])] ^= 1
     (tmp_path / "p").write_bytes(spoiled)
-    frame = hashlib.sha256(spoiled[: encoded.index_size_bytes]).hexdigest()
-    manifest = make_manifest(version, encoded).model_copy(update={"index_frames": (frame,)})
+    manifest = make_manifest(version, encoded)
     (tmp_path / "out").mkdir()
-    with pytest.raises(ArtifactError) as refused:
+    with pytest.raises(ArtifactError, match="a section of brain, plane 1, decodes to other bytes") as refused:
         decode_pack(manifest, tmp_path / "p", tmp_path / "out")
     assert refused.value.code is Code.BAD_SECTION
 

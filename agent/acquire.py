@@ -5,12 +5,12 @@ is touched here.
 """
 
 from agent.admission import Choice, Fitness, check_manifest, check_room, choose, open_release
-from agent.decoding import DecodeOrder
 from agent.deployment import Runner
 from agent.lifecycle import Outcome
 from agent.reporting import Progress
 from agent.stage import Stage
 from agent.transfer import Transfer, recheck_pack
+from agent.unpack import Unpack, is_time_to_unpack
 from host.link import LinkUp, Received
 from wire.bitmap import Bitmap
 from wire.digest import verify_digest
@@ -117,10 +117,11 @@ class Admitting(Stage):
 
 
 class Fetching(Stage):
-    """Fetch what the journal does not call verified."""
+    """Fetch what the journal does not call verified; decode what is there already, in time for the last frame."""
 
     _transfer: Transfer | None = None
     _counted = 0
+    _whole = False
 
     def start(self) -> None:
         self.close()
@@ -129,10 +130,12 @@ class Fetching(Stage):
         manifest = self.ports.store.staged_manifest(artifact)
         transfer = Transfer(settings.node, artifact, manifest, settings.bandwidth_limit_bytes_per_s)
         self._transfer, self._counted = transfer, 0
+        self._decoded_bytes = sum(entry.size_bytes for entry in manifest.version.files)
         transfer.start(self.ports.store, self.ports.journal, self.ports.clock)
         if transfer.fetch.is_complete:
             self._finish(transfer)
             return
+        self._began_s, self._had = self.ports.clock.monotonic_s(), transfer.fetch.frames_verified
         transfer.connect(self.ports.links.bulk(self.ports.mailbox.new_frames_port()), self.ports.topics)
 
     def on_frame(self, message: object) -> None:
@@ -140,8 +143,10 @@ class Fetching(Stage):
         if transfer is None:
             return
         if isinstance(message, Received):
-            transfer.take(message)
+            frame = transfer.take(message)
             self._count(transfer)
+            if frame is not None:
+                self._unpack(transfer, frame)
             if transfer.fetch.is_complete:
                 self._finish(transfer)
             else:
@@ -158,12 +163,27 @@ class Fetching(Stage):
         transfer, self._transfer = self._transfer, None
         if transfer is not None:
             transfer.close()
+        if self.runner.unpack is not None and not self._whole:
+            self.runner.unpack.discard()
+            self.runner.unpack = None
 
     def progress(self) -> Progress | None:
         if self._transfer is None:
             return None
         fetch = self._transfer.fetch
         return Progress(self.runner.row.model, fetch.frames_verified, fetch.frames_total)
+
+    def _unpack(self, transfer: Transfer, frame: int) -> None:
+        """Tell the decoder of a new frame, or begin decoding when it is time."""
+        fetch, runner = transfer.fetch, self.runner
+        if runner.unpack is not None:
+            runner.unpack.add([frame])
+            return
+        fetched, left = fetch.frames_verified - self._had, fetch.frames_total - fetch.frames_verified
+        elapsed_s = self.ports.clock.monotonic_s() - self._began_s
+        if fetch.has_index and is_time_to_unpack(fetched, left, elapsed_s, self._decoded_bytes):
+            runner.unpack = Unpack(runner.row, self.ports.store, self.ports.decoder, early=True)
+            runner.unpack.add(list(fetch.verified))
 
     def _count(self, transfer: Transfer) -> None:
         self.ports.reporter.frames_refused += transfer.refused - self._counted
@@ -172,47 +192,55 @@ class Fetching(Stage):
     def _finish(self, transfer: Transfer) -> None:
         data = {"frames": transfer.fetch.frames_total, "duplicates": transfer.fetch.duplicates,
                 "refused": transfer.refused}  # fmt: skip
+        self._whole = True
         self.runner.advance(Outcome.FETCHED, data=data)
 
 
 class Decoding(Stage):
-    """Decode in a child into work/, then give the directory its name."""
+    """Decode in a child into work/, or what is left of that after the fetch; then give the directory its name."""
 
     _doubt: AmperageError | None = None
+    _unpack: Unpack | None = None
 
     def start(self) -> None:
         row, store = self.runner.row, self.ports.store
-        decoded, artifact = row.decoded or "", row.artifact or ""
         self._doubt = None
-        if store.has_version(decoded):
-            self._done(artifact)
+        self._unpack, self.runner.unpack = self.runner.unpack, None
+        if store.has_version(row.decoded or ""):
+            self._done()
             return
-        if row.base is not None and not store.has_version(row.base):
-            raise DeployError(Code.BASE_MISMATCH, f"the base {row.base[:12]}… of the delta is gone; order it again")
-        self._work = store.new_work(f"decode-{decoded}-{row.attempts}")
-        order = DecodeOrder(
-            store.manifest_path(artifact),
-            store.pack_path(artifact),
-            self._work,
-            store.version_path(row.base) if row.base else None,
-            self.ports.settings.deadline_s(State.DECODING),
-        )
-        self.runner.work("decode", lambda: self.ports.decoder.decode(order))
+        if self._unpack is None:
+            frames = store.staged_manifest(row.artifact or "").frame_count
+            self._unpack = Unpack(row, store, self.ports.decoder, early=False)
+            self._unpack.add(range(frames))
+        unpack, deadline_s = self._unpack, self.ports.settings.deadline_s(State.DECODING)
+        self.runner.work("decode", lambda: unpack.wait(deadline_s))
 
     def on_result(self, result: object) -> None:
         artifact = self.runner.row.artifact or ""
-        if self._doubt is None:
-            self.ports.store.commit_version(self._work, self.runner.row.decoded or "")
-            self._done(artifact)
+        if self._doubt is None and self._unpack is not None:
+            self.ports.store.commit_version(self._unpack.directory, self.runner.row.decoded or "")
+            self._unpack = None
+            self._done()
         elif isinstance(result, Bitmap) and len(result) < result.length:
             self.ports.journal.save_verified(artifact, result)
             damaged = result.length - len(result)
             self.runner.advance(Outcome.DAMAGED, data={"frames_damaged": damaged}, attempts=self.runner.row.attempts)
-        else:
+        elif self._doubt is not None:
             raise self._doubt
 
     def on_error(self, error: AmperageError) -> bool:
-        """Bytes that were right when they were fetched and do not decode: the disk or the artifact; find out which."""
+        """Bytes that were right when they were fetched and do not decode: the disk or the artifact; find out which.
+
+        A decoder that began early may have ended long before: what was wrong then may be right now.
+        """
+        if self._unpack is not None:
+            early = self._unpack.early
+            self._unpack.discard()
+            self._unpack = None
+            if early:
+                self.start()
+                return True
         if not isinstance(error, ArtifactError) or self._doubt is not None or self.runner.repairs >= REPAIRS_LIMIT:
             return False
         self._doubt = error
@@ -224,8 +252,10 @@ class Decoding(Stage):
         return True
 
     def close(self) -> None:
-        self.ports.decoder.cancel()
+        if self._unpack is not None:
+            self._unpack.discard()
+            self._unpack = None
 
-    def _done(self, artifact: str) -> None:
+    def _done(self) -> None:
         self.runner.advance(Outcome.DECODED)
-        self.runner.forget_staging(artifact)
+        self.runner.forget_staging(self.runner.row.artifact or "")

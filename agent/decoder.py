@@ -2,7 +2,8 @@
 
 The only module of this package that imports codec, and with it numpy: a crash, a hang or an exhausted memory of the
 decoder is the child's, never the agent's. It reaches no network and no journal; a crash leaves a half-written directory
-in work/, which nobody takes for a version. The last line on stdout is `{}` or `{"code": ..., "message": ...}`.
+in work/, which nobody takes for a version. On stdin come lines `first last`: numbers of frames that are in the pack by
+now; it ends when all are. The last line on stdout is `{}` or `{"code": ..., "message": ...}`.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from host.files import read_bounded, sync_files
@@ -53,8 +55,16 @@ def _decode(options: argparse.Namespace) -> None:
     except FileNotFoundError as error:
         raise StoreError(Code.CORRUPT, f"{options.manifest} is missing; order the release again") from error
     manifest = parse_document(Manifest, document, code=Code.BAD_MANIFEST)
-    decode_pack(manifest, options.pack, options.into, base=options.base, threads=options.threads)
+    decode_pack(
+        manifest, options.pack, options.into, base=options.base, threads=options.threads, arriving=_arriving_frames()
+    )
     sync_files(options.into)  # here, where waiting for the disk holds up nobody; the engine commits
+
+
+def _arriving_frames() -> Iterator[range]:
+    for line in sys.stdin.buffer:
+        first, last = map(int, line.split())
+        yield range(first, last + 1)
 
 
 def _answer(body: dict[str, str]) -> None:

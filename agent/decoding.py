@@ -1,6 +1,7 @@
-"""The agent's side of the decoder child: start it, wait for it, kill it at the deadline or when nobody wants it.
+"""The agent's side of the decoder child: start it, tell it of frames, wait for it, kill it when nobody wants it.
 
-Invariant: when `decode` returns or raises, the child is gone.
+Invariant: when `wait` returns or raises, or `cancel` returns, the child is gone. Telling it of frames never blocks:
+what its pipe does not take is kept and told later.
 """
 
 import json
@@ -8,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,70 +17,137 @@ from typing import Protocol
 from wire.errors import AmperageError, ArtifactError, Code, DeployError, StoreError
 
 ANSWER_LIMIT_BYTES = 64 * 1024
+REAP_TIMEOUT_S = 1.0
 _STORE_CODES = frozenset({Code.NO_SPACE, Code.IO_ERROR, Code.CORRUPT})
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeOrder:
-    """Paths of one decoding; `into` is an empty directory, `base` the version that a delta needs."""
+    """Paths of one decoding; `into` is an empty directory, `base` the version that a delta needs. The pack has its full
+    size and its index; frames of its data may still be arriving."""
 
     manifest: Path
     pack: Path
     into: Path
     base: Path | None
-    deadline_s: float
 
 
-class Decoder(Protocol):
-    """Turns a pack into a version directory."""
+class Decode(Protocol):
+    """A decoding that runs."""
 
-    def decode(self, order: DecodeOrder) -> None:
-        """Block until it is done; raises AmperageError."""
+    def add(self, frames: Sequence[int]) -> None:
+        """These frames are in the pack, each right. Never blocks."""
+        ...
+
+    def wait(self, deadline_s: float) -> None:
+        """Block until it is done; all frames were added. Raises AmperageError, also after `deadline_s` from now."""
         ...
 
     def cancel(self) -> None:
-        """Make a running `decode` end soon, with an error; callable from any thread."""
+        """End it, with whatever it has; from any thread. A `wait` of another thread raises."""
+        ...
+
+
+class Decoder(Protocol):
+    """Turns packs into version directories."""
+
+    def begin(self, order: DecodeOrder) -> Decode:
+        """Start; frames are added from then on."""
         ...
 
 
 class ChildDecoder:
-    """Decodes in a child process (agent/decoder.py)."""
+    """Decodes in a child process (agent/decoder.py) per pack."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
-        self._late = False
+    def begin(self, order: DecodeOrder) -> "ChildDecode":
+        """See Decoder.begin."""
+        return ChildDecode(_command(order))
 
-    def decode(self, order: DecodeOrder) -> None:
-        """See Decoder.decode; a child that dies is decoder_crashed, one that is late deadline_passed."""
-        with subprocess.Popen(_command(order), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as child:
-            with self._lock:
-                self._child, self._late = child, False
-            timer = threading.Timer(order.deadline_s, self._kill_late)
-            timer.name = "decode-deadline"
-            timer.daemon = True
-            timer.start()
-            try:
-                answer = child.stdout.read(ANSWER_LIMIT_BYTES) if child.stdout else b""
-                status = child.wait()
-            finally:
-                timer.cancel()
-                with self._lock:
-                    self._child = None
+
+class ChildDecode:
+    """One child; one thread at a time adds and waits."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        self._untold = bytearray()
+        self._late = self._waited_for = False
+        if self._child.stdin is not None:
+            os.set_blocking(self._child.stdin.fileno(), False)
+
+    def add(self, frames: Sequence[int]) -> None:
+        """See Decode.add."""
+        for first, last in _runs(frames):
+            self._untold += f"{first} {last}\n".encode()
+        self._tell()
+
+    def wait(self, deadline_s: float) -> None:
+        """See Decode.wait; a child that dies is decoder_crashed, one that is late deadline_passed."""
+        self._waited_for = True
+        timer = threading.Timer(deadline_s, self._kill_late)
+        timer.name = "decode-deadline"
+        timer.daemon = True
+        timer.start()
+        try:
+            answer = self._hear_out()
+            status = self._child.wait()
+        finally:
+            timer.cancel()
         if self._late:
-            raise DeployError(Code.DEADLINE_PASSED, f"decoding took longer than {order.deadline_s:g} s and was killed")
+            raise DeployError(Code.DEADLINE_PASSED, f"decoding took longer than {deadline_s:g} s and was killed")
         if status != 0:
             raise _failure(status, answer)
 
     def cancel(self) -> None:
-        """See Decoder.cancel."""
-        with self._lock:
-            if self._child is not None:
-                self._child.kill()
+        """See Decode.cancel."""
+        self._child.kill()
+        try:
+            self._child.wait(REAP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return  # it hangs in the kernel, and ends when that lets go of it
+        if not self._waited_for:  # else whoever waits closes what he reads from
+            self._close()
+
+    def _tell(self) -> None:
+        """Write what the pipe takes. A child that ended reads no more; `wait` says why."""
+        pipe = self._child.stdin
+        if pipe is None or pipe.closed:
+            return
+        try:
+            while self._untold and (taken := pipe.write(self._untold)):
+                del self._untold[:taken]
+        except BrokenPipeError:
+            self._untold.clear()
+
+    def _hear_out(self) -> bytes:
+        """Tell the rest, blocking now, close the pipe, and read the answer."""
+        try:
+            if self._child.stdin is not None:
+                os.set_blocking(self._child.stdin.fileno(), True)
+                self._tell()
+                self._child.stdin.close()
+            return self._child.stdout.read(ANSWER_LIMIT_BYTES) if self._child.stdout else b""
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        for pipe in (self._child.stdin, self._child.stdout):
+            if pipe is not None:
+                pipe.close()
 
     def _kill_late(self) -> None:
         self._late = True
-        self.cancel()
+        self._child.kill()
+
+
+def _runs(frames: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending frames as (first, last) of every run."""
+    runs: list[tuple[int, int]] = []
+    for frame in frames:
+        if runs and runs[-1][1] + 1 == frame:
+            runs[-1] = (runs[-1][0], frame)
+        else:
+            runs.append((frame, frame))
+    return runs
 
 
 def _command(order: DecodeOrder) -> list[str]:

@@ -22,6 +22,7 @@ from agent.settings import AgentSettings
 from agent.store import Store
 from agent.transfer import Link, Links
 from agent.trust import Trust
+from agent.unpack import Unpack
 from host.clock import Clock
 from host.pacing import Backoff
 from wire.errors import AmperageError, Code, DeployError, Retry, StoreError
@@ -70,6 +71,8 @@ class Runner:
         self.row = row
         self.expected_tokens_per_s: float | None = None
         self.repairs = 0
+        self.unpack: Unpack | None = None
+        """The decoding that the fetch began and hands over."""
         self._stage: Stage | None = None
         self._token = 0
         self._deadline_s = 0.0

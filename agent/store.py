@@ -87,6 +87,10 @@ class Store:
         files.make_directory(path)
         return path
 
+    def drop_work(self, path: Path) -> None:
+        """Remove a directory of work/, if it is still there."""
+        files.remove_tree(path)
+
     def commit_version(self, work: Path, decoded: str) -> None:
         """Give a decoded directory its name for good; raises ArtifactError(digest_mismatch) when it is another's.
 

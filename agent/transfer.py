@@ -87,15 +87,15 @@ class Transfer:
         """The bulk link is new: ask anew."""
         self.fetch.begin_session()
 
-    def take(self, message: Received) -> None:
-        """Judge a message of the frames topic, and write, flush and journal as due."""
+    def take(self, message: Received) -> int | None:
+        """Judge a message of the frames topic, and write, flush and journal as due; the frame's number if it is new."""
         if self.fetch.is_complete:
-            return
+            return None
         try:
             frame = FrameMessage.parse(message.payload)
         except ArtifactError:
             self.refused += 1
-            return
+            return None
         judgement = self.fetch.judge(frame)
         if judgement is Judgement.REFUSED:
             self.refused += 1
@@ -104,6 +104,8 @@ class Transfer:
             self.fetch.wrote(frame.frame, self._clock.monotonic_s())
             self._open_index()
             self._flush_if_due()
+            return frame.frame
+        return None
 
     def tick(self) -> None:
         """Flush what waits too long, ask for what is missing."""

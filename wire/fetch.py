@@ -103,6 +103,11 @@ class Fetch:
         return self._count == self._verified.length
 
     @property
+    def has_index(self) -> bool:
+        """True from `open_index` on: every frame of data can be judged, and decoded."""
+        return self._index is not None
+
+    @property
     def needs_index(self) -> bool:
         """True when all frames of the index are there and `open_index` was not called yet."""
         return self._index is None and self._index_left == 0

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -370,12 +370,15 @@ class SimulatedRuntime:
 
 
 class SimulatedDecoder:
-    """Decodes the raw packs of `make_pack` in this process."""
+    """Decodes the raw packs of `make_pack` in this process, when somebody waits for it."""
 
     def __init__(self) -> None:
         self.error: AmperageError | None = None
-        self.cancels = 0
-        self.decoded = 0
+        self.begun: list[SimulatedDecode] = []
+
+    def begin(self, order: DecodeOrder) -> "SimulatedDecode":
+        self.begun.append(SimulatedDecode(order, self))
+        return self.begun[-1]
 
     def decode(self, order: DecodeOrder) -> None:
         if self.error is not None:
@@ -390,10 +393,24 @@ class SimulatedDecoder:
                 raise ArtifactError(Code.DIGEST_MISMATCH, f"{entry.path} is not what the manifest says")
             (order.into / entry.path).write_bytes(content)
         (order.into / "version.json").write_bytes(encode_document(manifest.version))
-        self.decoded += 1
+
+
+class SimulatedDecode:
+    """One decoding; `frames` are those that it was told of, in order."""
+
+    def __init__(self, order: DecodeOrder, decoder: SimulatedDecoder) -> None:
+        self.order, self.decoder = order, decoder
+        self.frames: list[int] = []
+        self.cancelled = False
+
+    def add(self, frames: Sequence[int]) -> None:
+        self.frames += frames
+
+    def wait(self, deadline_s: float) -> None:
+        self.decoder.decode(self.order)
 
     def cancel(self) -> None:
-        self.cancels += 1
+        self.cancelled = True
 
 
 class Node:

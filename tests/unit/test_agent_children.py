@@ -6,7 +6,7 @@ import signal
 import socketserver
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,12 +20,13 @@ from agent.decoding import ChildDecoder, DecodeOrder
 from agent.runtime_client import ANSWER_LIMIT_BYTES, RuntimeClient
 from wire.documents import encode_document
 from wire.errors import ArtifactError, Code, DeployError, StoreError, TransferError
+from wire.manifest import Manifest
 from wire.serving import ProbeReport, ProbeRequest, ProbeVerdict, RuntimeStats
 
 
 @pytest.fixture(scope="module")
 def made() -> Made:
-    return Publisher().make("1.0", weights_bytes=20_000)
+    return Publisher().make("1.0", weights_bytes=2_500_000)
 
 
 @pytest.fixture
@@ -33,13 +34,54 @@ def order(tmp_path: Path, made: Made) -> DecodeOrder:
     (tmp_path / "m.json").write_bytes(encode_document(made.manifest))
     (tmp_path / "p").write_bytes(made.pack)
     (tmp_path / "into").mkdir()
-    return DecodeOrder(tmp_path / "m.json", tmp_path / "p", tmp_path / "into", None, 30.0)
+    return DecodeOrder(tmp_path / "m.json", tmp_path / "p", tmp_path / "into", None)
+
+
+def decode_whole(order: DecodeOrder, deadline_s: float = 30.0) -> None:
+    decode = ChildDecoder().begin(order)
+    decode.add(range(Manifest.model_validate_json(order.manifest.read_bytes()).frame_count))
+    decode.wait(deadline_s)
 
 
 def test_child_decodes_a_whole_version(order, made):
-    ChildDecoder().decode(order)
+    decode_whole(order)
     assert (order.into / "weights.bin").read_bytes() == made.files["weights.bin"]
     assert (order.into / "version.json").read_bytes() == encode_document(made.version)
+
+
+def test_child_decodes_while_frames_arrive(order, made):
+    """Frames are written one by one; the child is told of each, and files grow before the last is there."""
+    order.pack.write_bytes(made.pack[: made.manifest.index_size_bytes].ljust(len(made.pack), b"\0"))
+    decode = ChildDecoder().begin(order)
+    last, weights = made.manifest.frame_count - 1, order.into / "weights.bin"
+    with order.pack.open("r+b") as pack:
+        for frame in [*range(1, last), 0, last]:
+            if frame == last:
+                wait_until(lambda: weights.exists() and weights.read_bytes()[:1000] == made.files["weights.bin"][:1000])
+                assert not (order.into / "version.json").exists()
+            start, end = made.manifest.frame_range(frame)
+            os.pwrite(pack.fileno(), made.pack[start:end], start)
+            decode.add([frame])
+        decode.wait(30.0)
+    assert (order.into / "weights.bin").read_bytes() == made.files["weights.bin"]
+    assert (order.into / "version.json").exists()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("it did not happen in 30 s")
+
+
+def test_pack_that_stops_arriving_is_no_version(order):
+    decode = ChildDecoder().begin(order)
+    decode.add([0, 1])
+    with pytest.raises(StoreError) as caught:
+        decode.wait(30.0)
+    assert caught.value.code is Code.CORRUPT
+    assert not (order.into / "version.json").exists()
 
 
 def test_damaged_pack_is_a_typed_error_of_the_child(order):
@@ -47,14 +89,14 @@ def test_damaged_pack_is_a_typed_error_of_the_child(order):
     pack[-10] ^= 1
     order.pack.write_bytes(pack)
     with pytest.raises(ArtifactError) as caught:
-        ChildDecoder().decode(order)
+        decode_whole(order)
     assert caught.value.code in (Code.BAD_SECTION, Code.DIGEST_MISMATCH)
 
 
 def test_missing_manifest_is_a_store_error(order):
-    order.manifest.unlink()
+    order.manifest.rename(order.manifest.with_name("elsewhere"))
     with pytest.raises(StoreError) as caught:
-        ChildDecoder().decode(order)
+        ChildDecoder().begin(order).wait(30.0)
     assert caught.value.code is Code.CORRUPT
 
 
@@ -65,7 +107,18 @@ def sleeping(order: DecodeOrder) -> list[str]:
 def test_child_that_hangs_is_killed_at_the_deadline(order, monkeypatch):
     monkeypatch.setattr(decoding, "_command", sleeping)
     with pytest.raises(DeployError) as caught:
-        ChildDecoder().decode(DecodeOrder(order.manifest, order.pack, order.into, None, 0.2))
+        decode_whole(order, 0.2)
+    assert caught.value.code is Code.DEADLINE_PASSED
+
+
+def test_child_that_reads_nothing_never_blocks_who_tells_it(order, monkeypatch):
+    """Far more than a pipe holds: it is kept; the deadline ends the child, and then the wait for it."""
+    monkeypatch.setattr(decoding, "_command", sleeping)
+    decode = ChildDecoder().begin(order)
+    for frame in range(0, 100_000, 2):
+        decode.add([frame])
+    with pytest.raises(DeployError) as caught:
+        decode.wait(0.2)
     assert caught.value.code is Code.DEADLINE_PASSED
 
 
@@ -73,25 +126,24 @@ def test_child_that_crashes_is_decoder_crashed(order, monkeypatch):
     command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"]
     monkeypatch.setattr(decoding, "_command", lambda _: command)
     with pytest.raises(DeployError, match="signal 11") as caught:
-        ChildDecoder().decode(order)
+        decode_whole(order)
     assert caught.value.code is Code.DECODER_CRASHED
 
 
 def test_cancelled_child_is_killed(order, monkeypatch):
     monkeypatch.setattr(decoding, "_command", sleeping)
-    decoder, caught = ChildDecoder(), []
+    decode, caught = ChildDecoder().begin(order), []
 
-    def decode() -> None:
+    def wait() -> None:
         try:
-            decoder.decode(order)
+            decode.wait(30.0)
         except DeployError as error:
             caught.append(error.code)
 
-    thread = threading.Thread(target=decode)
+    thread = threading.Thread(target=wait)
     thread.start()
-    while thread.is_alive():
-        decoder.cancel()
-        thread.join(0.05)
+    decode.cancel()
+    thread.join(20)
     assert caught == [Code.DECODER_CRASHED]
 
 

@@ -10,9 +10,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from agent_simulators import MODEL, NODE, TOPICS, Node, Publisher, sign
 
 from agent.lifecycle import BOUNDS
+from agent.unpack import is_time_to_unpack
 from wire.digest import digest_of
 from wire.documents import encode_document
-from wire.errors import ArtifactError, Code
+from wire.errors import ArtifactError, Code, DeployError
 from wire.messages import Ack, FrameMessage, State, Status
 from wire.serving import ProbeVerdict
 from wire.signing import Role
@@ -227,6 +228,56 @@ def test_newer_generation_cancels_a_fetch_and_closes_its_link(node):
     assert ends == [(first.digest, State.CANCELLED, "superseded"), (second.digest, State.COMMITTED, None)]
     assert len(node.broker.wants[-1].missing_frames()) == 0
     assert node.verified(first) is None
+
+
+def test_decoding_begins_before_the_last_frame_and_is_told_of_every_one(node):
+    made = deploy(node, "1.0", 1)
+    node.run_until(ended(node, made))
+    (decode,) = node.decoder.begun
+    frames = made.manifest.frame_count
+    assert sorted(decode.frames) == list(range(frames))
+    assert len(decode.frames) > len(made.manifest.index_frames)
+    assert "early" in decode.order.into.name
+
+
+def test_decoding_that_began_early_ends_with_a_cancelled_fetch(node):
+    first = node.publisher.make("1.0")
+    node.broker.offer(first)
+    node.broker.tamper = lambda message: [message] if message.frame < 4 else []
+    node.order(1, first)
+    node.run_until(lambda: node.decoder.begun)
+    (early,) = node.decoder.begun
+    assert early.order.into.exists()
+    node.order(2, None)
+    node.run_until(lambda: node.journal.desired()[0] == 2)
+    assert early.cancelled
+    assert not early.order.into.exists()
+
+
+def test_decoding_that_began_early_and_failed_is_done_again(node):
+    """Whatever killed it: the frames are all there, and nothing of them is fetched again."""
+    real, begun = node.decoder.decode, []
+
+    def decode(order):
+        begun.append(order.into.name)
+        if len(begun) == 1:
+            raise DeployError(Code.DECODER_CRASHED, "killed for memory")
+        real(order)
+
+    node.decoder.decode = decode
+    made = deploy(node, "1.0", 1)
+    node.run_until(ended(node, made))
+    assert node.row.state is State.COMMITTED
+    assert ["early" in name for name in begun] == [True, False]
+    assert len(node.broker.sent) == made.manifest.frame_count
+
+
+def test_unpacking_waits_until_it_can_be_done_with_the_last_frame():
+    """A thin link: 1,000 frames at one a second; decoding 200 MB takes 10 s on a slow core."""
+    assert not is_time_to_unpack(100, 900, 100.0, 200_000_000)
+    assert is_time_to_unpack(981, 19, 981.0, 200_000_000)
+    assert is_time_to_unpack(1, 999, 0.001, 200_000_000)
+    assert not is_time_to_unpack(0, 1000, 0.0, 200_000_000)
 
 
 def test_damaged_and_foreign_frames_are_refused_counted_and_never_written(node):

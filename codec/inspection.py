@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from codec.entropy import byte_histogram, entropy_bytes
 from codec.plan import Chunk, plan_chunks
-from codec.planes import PLANE_NAMES, Bytes, item_count
+from codec.planes import Bytes, item_count, plane_names
 from codec.sections import decode_section_into
 from codec.versions import find_partners, read_version
 from wire.digest import digest_of
@@ -149,7 +149,7 @@ def measure_planes(pack: OpenPack, *, entropy: bool = True, progress: Progress |
     return tuple(
         _cost(stream, operation, plane, sections.get((row, plane), []), histograms.get((row, plane)))
         for row, (stream, operation) in enumerate(zip(streams, pack.manifest.operations, strict=True))
-        for plane in range(len(PLANE_NAMES[stream.layout]))
+        for plane in range(len(plane_names(stream.layout, operation)))
     )
 
 
@@ -166,7 +166,7 @@ def _cost(
     items = item_count(stream.layout, stream.size_bytes) if copied else sum(section.raw_size for section in sections)
     bound = None if histogram is None else entropy_bytes(histogram)
     return PlaneCost(
-        stream, operation, PLANE_NAMES[stream.layout][plane], items, sum(section.coded_size for section in sections),
+        stream, operation, plane_names(stream.layout, operation)[plane], items, sum(s.coded_size for s in sections),
         bound if sections else 0.0, shares,
     )  # fmt: skip
 
@@ -255,7 +255,7 @@ def _wrong_frames(manifest: Manifest, wrong: list[int]) -> ArtifactError:
 def _wrong_section(
     number: int, chunk: Chunk, section: Section, place: tuple[int, int], error: ArtifactError
 ) -> ArtifactError:
-    stream, plane = chunk.stream, PLANE_NAMES[chunk.stream.layout][section.plane]
+    stream, plane = chunk.stream, plane_names(chunk.stream.layout, chunk.operation)[section.plane]
     what = f"tensor {stream.name!r} in {stream.path}" if stream.name else f"file {stream.path}"
     return ArtifactError(
         error.code,

@@ -140,6 +140,34 @@ def test_figures_add_up_to_the_wire_size(made: Made, name: str) -> None:
     assert sum(share.coded_bytes for share in found.codecs.values()) == parts
 
 
+def test_sparse_streams_are_counted_with_their_masks(tmp_path: Path) -> None:
+    version = make_version(tmp_path / "v", weights=50_000, floats=60_000, pruned=0.7)
+    encoded = encode_pack(version, tmp_path / "v", tmp_path / "p")
+    path = write_artifact(tmp_path / "r", make_manifest(version, encoded), tmp_path / "p")
+    found = inspect_artifact(read_artifact(path))
+    assert found.operations["sparse"] > 0
+    assert sum(cost.coded_bytes for cost in found.planes) == found.tensors.coded_bytes
+    assert (
+        found.manifest_bytes
+        + found.index_bytes
+        + found.tensors.coded_bytes
+        + sum(cost.coded_bytes for cost in found.files)
+        == path.stat().st_size + encoded.pack_size_bytes
+    )
+    assert any(cost.label.endswith(" mask") and cost.entropy_bytes for cost in found.planes)
+    with pytest.raises(ArtifactError, match=r"section \d+ .*plane mantissa low"):
+        verify_artifact(resign(path, tmp_path / "again", crc_of=_section_of(path, "mantissa low")), None, None)
+    extract_artifact(read_artifact(path), tmp_path / "out")
+    assert same_files(tmp_path / "out", tmp_path / "v")
+
+
+def _section_of(path: Path, plane: str) -> int:
+    artifact = read_artifact(path)
+    with open_pack(artifact.manifest, artifact.pack) as pack:
+        costs = [cost for cost in measure_planes(pack) for share in cost.codecs.values() for _ in range(share.sections)]
+    return next(number for number, cost in enumerate(costs) if cost.plane == plane)
+
+
 def test_entropy_is_that_of_the_planes_of_the_version(made: Made) -> None:
     artifact = read_artifact(made.full)
     with open_pack(artifact.manifest, artifact.pack) as pack:

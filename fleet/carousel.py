@@ -8,6 +8,7 @@ needs it has credit left; a reader can cost at most BUDGET_PASSES passes per BUD
 Nothing here survives a restart: a new epoch starts, and every want that is renewed joins anew.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +19,8 @@ from wire.messages import WANT_VOID_S
 GATHER_S = 0.1
 GATHER_MOST_S = 0.5
 """A pass over the data begins when no further reader came for GATHER_S: a rollout starts its nodes together, and what
-waits for all of them need not be repeated for the later ones. With all of them here it begins at once."""
+waits for all of them need not be repeated for the later ones. With all of them here it begins at once.
+A frame of the index goes out at once too, and again after GATHER_S at the earliest, for all who came meanwhile."""
 PATIENCE_FIRST_S = 4.0
 """Silence after which what is on its way counts as lost; below WANT_RENEW_S, so that one silent renewal is enough."""
 PATIENCE_MOST_S = 60.0
@@ -66,6 +68,7 @@ class Carousel:
         self.company = 0
         """Nodes that could want this, as far as is known; once all of them are here, nobody is waited for."""
         self._index_mask = (1 << index_frames) - 1
+        self._index_sent_s = [-math.inf] * index_frames
         self._readers: dict[str, _Reader] = {}
         self._budgets: dict[str, _Budget] = {}
         self._published: deque[int] = deque(maxlen=HISTORY_FRAMES)
@@ -88,11 +91,14 @@ class Carousel:
         return not self._readers and not self._budgets
 
     def on_want(self, node: str, missing: Bitmap, seen: tuple[int, int], credit: int, now_s: float) -> None:
-        """A node renewed its want; `seen` is (epoch, seq), `missing` has as many bits as the artifact has frames."""
-        if not len(missing):
+        """A node renewed its want; `seen` is (epoch, seq), `missing` has as many bits as the artifact has frames.
+
+        With another epoch in `seen`, another depot serves the node; with 0 nobody does.
+        """
+        if not len(missing) or seen[0] not in (0, self.epoch):
             self.drop(node)
             return
-        seq = min(seen[1], self.seq) if seen[0] == self.epoch else 0
+        seq = min(seen[1], self.seq) if seen[0] else 0
         reader = self._readers.get(node)
         if reader is None or (reader.seen and not seq):  # new here, or a new life that has seen nothing of ours
             reader = self._readers[node] = _Reader(Bitmap(self.frames), self.seq, credit, now_s, seen=seq)
@@ -154,8 +160,10 @@ class Carousel:
 
     def _candidate(self, now_s: float) -> int | None:
         wanted = self._wanted & self.available
-        if index := wanted & self._index_mask:
-            return _lowest(index)
+        for frame, sent_s in enumerate(self._index_sent_s if wanted & self._index_mask else ()):
+            if wanted >> frame & 1 and now_s - sent_s >= GATHER_S:
+                return frame
+        wanted &= ~self._index_mask
         if not wanted or self._opens_s is None or now_s < self._opens_s:
             return None
         if ahead := wanted >> self._pointer:
@@ -175,8 +183,10 @@ class Carousel:
     def _publish(self, frame: int, takers: list[tuple[str, _Reader]], now_s: float) -> None:
         self.seq += 1
         self._published.append(frame)
-        if not self._index_mask >> frame & 1:
-            self._pointer = frame + 1  # a late reader's index does not send the pass back to its start
+        if self._index_mask >> frame & 1:
+            self._index_sent_s[frame] = now_s
+        else:  # a late reader's index does not send the pass back to its start
+            self._pointer = frame + 1
         self._wanted &= ~(1 << frame)
         for node, reader in takers:
             reader.needs.clear(frame)

@@ -205,8 +205,8 @@ class Depot:
             return  # its fetch has just been asked for; the want is renewed in a moment
         if want.frames != offer.carousel.frames:
             raise ArtifactError(Code.BAD_DOCUMENT, f"want of {want.frames} frames for {offer.carousel.frames}")
-        seen = (want.seen_epoch, want.seen_seq)
         offer.carousel.company = len(self._online)
+        seen = want.seen_by(self.epoch)
         offer.carousel.on_want(want.node, want.missing_frames(), seen, want.credit, time.monotonic())
 
     def _offer(self, artifact: str) -> _Offer | None:

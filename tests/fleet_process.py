@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fleet_samples import Artifact, Publisher, ReportingNode, committed, make_artifact, wait
+from fleet_samples import Publisher, ReportingNode, committed, wait
 
+from benchmarks.packs import Artifact, make_artifact
 from cli.fleet_client import FleetClient
 from host.link import Broker
 from wire.errors import AmperageError

@@ -1,8 +1,6 @@
 """Artifacts, releases and a node of wire messages, for the tests of the control plane."""
 
-import hashlib
 import queue
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from benchmarks.packs import Artifact
 from host.keys import create_key, load_signer
 from host.link import Broker, LinkUp, Received, Will
 from host.mqtt import Connection
@@ -17,15 +16,13 @@ from wire.bitmap import Bitmap
 from wire.digest import digest_of
 from wire.documents import encode_document, parse_document
 from wire.fetch import Fetch, Judgement, credit_for
-from wire.index import Index, Section, SectionCodec, encode_index, index_size
-from wire.manifest import FRAME_BYTES, DecoderConfig, FileEntry, Manifest, Requirements, TensorColumns, VersionDocument
+from wire.manifest import Requirements
 from wire.messages import Ack, Desired, Event, FrameMessage, ModelReport, Reported, State, Status, Want
 from wire.release import ArtifactRef, DeltaRef, Release, Variant
 from wire.signing import Role, RoleKeys, TrustPolicy, open_envelope
 from wire.topics import Topics
 
 BOOT = "0123456789abcdef" * 2
-SECTION_BYTES = 1 << 20
 
 
 def wait(seen: Callable[[], object], timeout_s: float = 20.0) -> None:
@@ -34,55 +31,6 @@ def wait(seen: Callable[[], object], timeout_s: float = 20.0) -> None:
     while not seen():
         assert time.monotonic() < deadline, "not seen in time"
         time.sleep(0.01)
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A manifest and a pack that nobody can decode, but everybody can carry."""
-
-    manifest: Manifest
-    pack: bytes
-
-    @property
-    def document(self) -> bytes:
-        return encode_document(self.manifest)
-
-    @property
-    def digest(self) -> str:
-        return digest_of(self.document)
-
-
-def make_version(version: str = "1.0", model: str = "tales") -> VersionDocument:
-    """A version of one file."""
-    golden = FileEntry(path="golden.json", size_bytes=10, sha256=digest_of(f"{model} {version}".encode()))
-    config = DecoderConfig(
-        layers=1, hidden_size=8, kv_heads=1, head_size=8, vocab_size=16, context_tokens=32,
-    )  # fmt: skip
-    return VersionDocument(model=model, version=version, config=config, files=(golden,), tensors=TensorColumns())
-
-
-def make_artifact(
-    data_bytes: int = 3 * FRAME_BYTES + 17,
-    seed: int = 1,
-    version: str = "1.0",
-    base: str | None = None,
-    model: str = "tales",
-) -> Artifact:
-    """A pack of `data_bytes` random bytes behind its index."""
-    data = random.Random(seed).randbytes(data_bytes)
-    hashes = tuple(hashlib.sha256(data[i : i + FRAME_BYTES]).digest() for i in range(0, data_bytes, FRAME_BYTES))
-    sizes = [min(SECTION_BYTES, data_bytes - i) for i in range(0, data_bytes, SECTION_BYTES)]
-    sections = tuple(Section(0, 0, SectionCodec.RAW, size, size, 0) for size in sizes)
-    index = encode_index(Index(hashes, sections))
-    assert len(index) == index_size(len(hashes), len(sections))
-    frames = tuple(digest_of(index[i : i + FRAME_BYTES]) for i in range(0, len(index), FRAME_BYTES))
-    document = make_version(version, model)
-    manifest = Manifest(
-        decoded=document.decoded_digest(), version=document, base=base, operations="f", index_size_bytes=len(index),
-        index_frames=frames, pack_size_bytes=len(index) + data_bytes, golden=document.files[0].sha256,
-        requirements=Requirements(ram_bytes=0, disk_bytes=0),
-    )  # fmt: skip
-    return Artifact(manifest, index + data)
 
 
 class Publisher:

@@ -7,6 +7,7 @@ survives a crash only once it was journalled (see `due`).
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,8 +23,14 @@ JOURNAL_EVERY_S = 1.0
 CREDIT_FIRST = 16
 CREDIT_MOST = 128
 """15 MiB on their way, above the bandwidth-delay product of 1 Gbit/s at 100 ms."""
-CREDIT_CAPPED_S = 4.0
-"""With a bandwidth cap, credit is what this many seconds can take: more would only wait in buffers."""
+CREDIT_LEAST = 2
+CREDIT_SHARES = 8
+"""Of a small pack no more than one in so many frames: what has been sent already a later node cannot share."""
+CREDIT_HORIZON_S = 4.0
+"""Credit is at most what the node takes in this many seconds: more would only wait in the broker and in buffers."""
+TIME_STEP_S = 0.001
+LOSS_SHARE = 1 / 16
+"""Lost frames per frame that came, from which a renewal counts as lossy."""
 
 
 class Judgement(StrEnum):
@@ -38,7 +45,7 @@ class Judgement(StrEnum):
 
 @dataclass(slots=True)
 class Credit:
-    """How many frames the depot may be ahead: doubles while they arrive, halves after a silent renewal."""
+    """How many frames the depot may be ahead: slow start, halved by loss and silence, bounded by the node's goodput."""
 
     most: int
     value: int = CREDIT_FIRST
@@ -46,20 +53,22 @@ class Credit:
     def __post_init__(self) -> None:
         self.value = min(self.value, self.most)
 
-    def grow(self) -> None:
-        """All of it was used."""
-        self.value = min(self.value * 2, self.most)
-
-    def shrink(self) -> None:
-        """Nothing came for a whole renewal."""
-        self.value = max(self.value // 2, min(CREDIT_FIRST, self.most))
+    def adapt(self, arrived: int, lost: int, elapsed_s: float) -> None:
+        """A want is renewed: so many frames came, and did not, in the seconds since the one before."""
+        halved = max(self.value // 2, CREDIT_LEAST)
+        if not arrived or lost > LOSS_SHARE * arrived:
+            self.value = min(self.value, max(halved, CREDIT_FIRST))
+            return
+        enough = math.ceil(CREDIT_HORIZON_S * arrived / max(elapsed_s, TIME_STEP_S))
+        self.value = min(2 * self.value, self.most, max(enough, halved))
 
 
 def credit_for(rate_limit_bytes_per_s: int) -> Credit:
     """Credit under a bandwidth cap; 0 means no cap."""
     if not rate_limit_bytes_per_s:
         return Credit(CREDIT_MOST)
-    return Credit(max(2, min(CREDIT_MOST, int(rate_limit_bytes_per_s * CREDIT_CAPPED_S / FRAME_BYTES))))
+    frames = int(rate_limit_bytes_per_s * CREDIT_HORIZON_S / FRAME_BYTES)
+    return Credit(max(CREDIT_LEAST, min(CREDIT_MOST, frames)))
 
 
 class Fetch:
@@ -75,7 +84,12 @@ class Fetch:
         self._count = len(verified)
         self._index_left = sum(1 for frame in range(self._index_frames) if frame not in verified)
         self._credit = credit
+        self._credit.most = min(credit.most, max(CREDIT_FIRST, verified.length // CREDIT_SHARES))
         self._seen = (0, 0)
+        self._heard = 0
+        """Frame messages of the depot that `seen` names, since the last want."""
+        self._silent = False
+        """Nothing came for a whole renewal: the next depot that is heard is followed."""
         self._asked: tuple[float, tuple[int, int]] | None = None
         self._unjournalled_bytes = 0
         self._unjournalled_since_s = 0.0
@@ -112,6 +126,11 @@ class Fetch:
         """True when all frames of the index are there and `open_index` was not called yet."""
         return self._index is None and self._index_left == 0
 
+    @property
+    def credit(self) -> int:
+        """Frames that the depot may be ahead."""
+        return self._credit.value
+
     def open_index(self, data: bytes) -> None:
         """Take the verified bytes of the index; raises ArtifactError(bad_index)."""
         self._index = parse_index(data, self._manifest.pack_size_bytes - self._manifest.index_size_bytes)
@@ -132,8 +151,7 @@ class Fetch:
             return Judgement.EARLY
         if hashlib.sha256(message.data).digest() != expected:
             return self._refuse()
-        epoch, seq = self._seen
-        self._seen = (message.epoch, max(seq, message.seq) if message.epoch == epoch else message.seq)
+        self._note_seen(message.epoch, message.seq)
         if message.frame in self._verified:
             self.duplicates += 1
             return Judgement.DUPLICATE
@@ -167,21 +185,21 @@ class Fetch:
     def begin_session(self) -> None:
         """The link is new: what was asked is void, what was on its way is lost, nothing of this session was seen."""
         self._asked = None
-        self._seen = (0, 0)
+        self._seen, self._heard, self._silent = (0, 0), 0, False
 
     def want(self, now_s: float) -> Want | None:
         """The want to publish now, or None when the last one still holds."""
         if self._asked is not None:
-            asked_s, asked_seen = self._asked
-            arrived = self._seen[1] - asked_seen[1] if self._seen[0] == asked_seen[0] else self._credit.value
-            waited = now_s - asked_s >= WANT_RENEW_S
-            if 2 * arrived < self._credit.value and not waited:
+            asked_s, (epoch, seq) = self._asked
+            elapsed_s = now_s - asked_s
+            waited = elapsed_s >= WANT_RENEW_S
+            changed = self._seen[0] != epoch
+            if 2 * self._heard < self._credit.value and not waited and not changed:
                 return None
-            if arrived:
-                self._credit.grow()
-            elif waited:
-                self._credit.shrink()
-        self._asked = (now_s, self._seen)
+            lost = self._seen[1] - seq - self._heard if seq and not changed else 0
+            self._credit.adapt(self._heard, lost, elapsed_s)
+            self._silent = not self._heard
+        self._asked, self._heard = (now_s, self._seen), 0
         return self._want(self._missing())
 
     def farewell(self) -> Want:
@@ -196,8 +214,21 @@ class Fetch:
             missing=Want.encode_missing(missing),
             seen_epoch=self._seen[0],
             seen_seq=self._seen[1],
+            silent=self._silent,
             credit=self._credit.value,
         )
+
+    def _note_seen(self, epoch: int, seq: int) -> None:
+        """Of several depots all nodes follow the one of the lowest epoch, until it falls silent."""
+        followed = self._seen[0]
+        if epoch == followed:
+            self._seen = (epoch, max(self._seen[1], seq))
+        elif not followed or epoch < followed or self._silent:
+            self._seen, self._heard = (epoch, seq), 0
+        else:
+            return
+        self._heard += 1
+        self._silent = False
 
     def _missing(self) -> Bitmap:
         missing = self._verified.complement()

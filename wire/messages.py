@@ -219,7 +219,9 @@ class Want(Command):
     """Base64 of the packed Bitmap of `frames` bits; all clear means done, the depot forgets the node."""
     seen_epoch: Counter = 0
     seen_seq: Counter = 0
-    """Last frame message received; (0, 0) means none yet."""
+    """Last frame message received of the depot that the node follows; (0, 0) means none yet."""
+    silent: bool = False
+    """Nothing came from that depot for a whole renewal: another one may serve the node."""
     credit: Annotated[int, Field(ge=1, le=4096)]
     """Frames that may be published beyond `seen_seq`."""
 
@@ -230,6 +232,10 @@ class Want(Command):
         except ValueError as error:
             raise ArtifactError(Code.BAD_DOCUMENT, "want refused: its bitmap is not base64") from error
         return Bitmap(self.frames, packed)
+
+    def seen_by(self, epoch: int) -> tuple[int, int]:
+        """`seen` for the depot of `epoch`; the other depots of a node that hears nothing take it for a new one."""
+        return (0, 0) if self.silent and self.seen_epoch != epoch else (self.seen_epoch, self.seen_seq)
 
     @staticmethod
     def encode_missing(missing: Bitmap) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fleet_samples import BOOT, Artifact, FetchingNode, make_artifact, wait
+from fleet_samples import BOOT, FetchingNode, wait
 
+from benchmarks.packs import Artifact, make_artifact
 from fleet.broker import PrivateBroker
 from fleet.depot import Depot
 from fleet.library import Library

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from fleet_process import AMPERAGE, Site
-from fleet_samples import BOOT, Publisher, committed, failed, make_artifact, wait
+from fleet_samples import BOOT, Publisher, committed, failed, wait
 
+from benchmarks.packs import make_artifact
 from cli.fleet_client import FleetClient
 from fleet.broker import PrivateBroker
 from fleet.inquiry import ASK_EVERY_S

@@ -76,7 +76,6 @@ def test_want_is_renewed_when_its_credit_is_half_used_or_its_time_is_up(made):
     take(fetch, made, first.credit // 2, first.credit // 2 + 1)
     renewed = fetch.want(0.2)
     assert (renewed.seen_epoch, renewed.seen_seq) == (7, first.credit // 2 + 1)
-    assert renewed.credit > first.credit
     assert fetch.want(0.3) is None
     assert fetch.want(0.2 + WANT_RENEW_S) is not None
 
@@ -91,12 +90,29 @@ def test_want_on_a_new_link_is_published_at_once(made):
     assert (want.seen_epoch, want.seen_seq) == (0, 0)
 
 
-def test_restarted_depot_begins_a_new_epoch(made):
+def test_depot_of_a_later_epoch_is_followed_once_the_one_before_fell_silent(made):
+    fetch = new_fetch(made)
+    fetch.want(0.0)
+    take(fetch, made, 0, 500, epoch=7)
+    assert fetch.want(0.1).seen_by(8) == (7, 500)
+    assert take(fetch, made, 1, 3, epoch=8) is Judgement.NEW
+    silent = fetch.want(0.1 + WANT_RENEW_S)
+    assert silent.silent, "what another depot sent is no news of this one"
+    assert (silent.seen_by(7), silent.seen_by(8)) == ((7, 500), (0, 0))
+    take(fetch, made, 2, 4, epoch=8)
+    want = fetch.want(0.2 + WANT_RENEW_S)
+    assert (want.seen_epoch, want.seen_seq, want.silent) == (8, 4, False)
+
+
+def test_depot_of_the_lowest_epoch_is_followed_at_once(made):
     fetch = new_fetch(made)
     take(fetch, made, 0, 500, epoch=7)
-    take(fetch, made, 1, 3, epoch=8)
+    fetch.want(0.0)
+    take(fetch, made, 1, 3, epoch=6)
     want = fetch.want(0.0)
-    assert (want.seen_epoch, want.seen_seq) == (8, 3)
+    assert (want.seen_epoch, want.seen_seq) == (6, 3), "and it is told at once"
+    take(fetch, made, 2, 501, epoch=7)
+    assert fetch.want(WANT_RENEW_S).seen_seq == 3
 
 
 def test_late_frame_does_not_move_seen_back(made):
@@ -142,3 +158,51 @@ def test_credit_under_a_cap_is_what_a_few_seconds_can_take():
     assert credit_for(1).value == 2
     assert credit_for(0).value == 16
     assert credit_for(10**9).most == 128
+
+
+def test_credit_doubles_while_frames_come_and_halves_after_loss_and_silence():
+    credit = credit_for(0)
+    for expected in (32, 64, 128, 128):
+        credit.adapt(arrived=64, lost=0, elapsed_s=0.1)
+        assert credit.value == expected
+    credit.adapt(arrived=64, lost=4, elapsed_s=0.1)
+    assert credit.value == 128, "a sixteenth may be lost by being late"
+    credit.adapt(arrived=64, lost=5, elapsed_s=0.1)
+    assert credit.value == 64
+    credit.adapt(arrived=0, lost=0, elapsed_s=WANT_RENEW_S)
+    assert credit.value == 32
+    for _ in range(5):
+        credit.adapt(arrived=0, lost=0, elapsed_s=WANT_RENEW_S)
+    assert credit.value == 16, "loss alone does not stop a fetch"
+
+
+def test_credit_of_a_slow_link_falls_to_what_it_takes_in_a_few_seconds_and_rises_again_with_it():
+    credit = credit_for(0)
+    for expected in (8, 4, 4):
+        credit.adapt(arrived=5, lost=0, elapsed_s=5.0)
+        assert credit.value == expected
+    credit.adapt(arrived=1, lost=0, elapsed_s=5.0)
+    credit.adapt(arrived=1, lost=0, elapsed_s=5.0)
+    assert credit.value == 2
+    for expected in (4, 8, 16):
+        credit.adapt(arrived=2, lost=0, elapsed_s=0.1)
+        assert credit.value == expected
+
+
+def test_credit_is_a_small_share_of_a_small_pack(made):
+    credit = credit_for(0)
+    Fetch(NODE, made.artifact, made.manifest, Bitmap(made.manifest.frame_count), credit)
+    assert credit.most == 16
+
+
+def test_loss_is_what_the_depot_sent_and_did_not_come(made):
+    fetch = new_fetch(made)
+    take(fetch, made, 0, 1)
+    fetch.want(0.0)
+    for frame in range(1, 9):
+        take(fetch, made, frame, 10 * frame)
+    lossy = fetch.want(0.1)
+    assert lossy.credit == 16
+    fetch._credit.value = fetch._credit.most = 64
+    take(fetch, made, 9, 90)
+    assert fetch.want(0.1 + WANT_RENEW_S).credit == 32

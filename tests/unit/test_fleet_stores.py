@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fleet_samples import BOOT, Artifact, Publisher, committed, make_artifact
+from fleet_samples import BOOT, Publisher, committed
 
+from benchmarks.packs import Artifact, make_artifact
 from fleet import database as database_module
 from fleet.database import Database, DesiredRow, ReportKey
 from fleet.library import Library, read_frame

@@ -4,9 +4,12 @@ A crash leaves the staged manifest, the staged frames that the journal knows, an
 is touched here.
 """
 
+import structlog
+
 from agent.admission import Choice, Fitness, check_manifest, check_room, choose, open_release
 from agent.deployment import Runner
 from agent.lifecycle import Outcome
+from agent.pacer import Pace
 from agent.reporting import Progress
 from agent.stage import Stage
 from agent.transfer import Transfer, recheck_pack
@@ -19,6 +22,8 @@ from wire.errors import AmperageError, ArtifactError, Code, DeployError
 from wire.manifest import Manifest
 from wire.messages import State
 from wire.release import Release
+
+log = structlog.get_logger()
 
 REPAIRS_LIMIT = 3
 
@@ -116,19 +121,24 @@ class Admitting(Stage):
         )
 
 
+_NO_PACE = Pace(-1)
+"""Unlike any that can hold."""
+
+
 class Fetching(Stage):
     """Fetch what the journal does not call verified; decode what is there already, in time for the last frame."""
 
     _transfer: Transfer | None = None
     _counted = 0
     _whole = False
+    _pace = _NO_PACE
+    _ticked_s = 0.0
 
     def start(self) -> None:
         self.close()
-        row, settings = self.runner.row, self.ports.settings
-        artifact = row.artifact or ""
+        artifact = self.runner.row.artifact or ""
         manifest = self.ports.store.staged_manifest(artifact)
-        transfer = Transfer(settings.node, artifact, manifest, settings.bandwidth_limit_bytes_per_s)
+        transfer = Transfer(self.ports.settings.node, artifact, manifest)
         self._transfer, self._counted = transfer, 0
         self._decoded_bytes = sum(entry.size_bytes for entry in manifest.version.files)
         transfer.start(self.ports.store, self.ports.journal, self.ports.clock)
@@ -136,7 +146,8 @@ class Fetching(Stage):
             self._finish(transfer)
             return
         self._began_s, self._had = self.ports.clock.monotonic_s(), transfer.fetch.frames_verified
-        transfer.connect(self.ports.links.bulk(self.ports.mailbox.new_frames_port()), self.ports.topics)
+        self._ticked_s = self._began_s
+        self._obey(transfer)
 
     def on_frame(self, message: object) -> None:
         transfer = self._transfer
@@ -156,11 +167,17 @@ class Fetching(Stage):
             transfer.tick()
 
     def tick(self) -> None:
+        now_s = self.ports.clock.monotonic_s()
         if self._transfer is not None:
+            if self._pace.is_pause:
+                self.runner.postpone(now_s - self._ticked_s)
+            self._obey(self._transfer)
             self._transfer.tick()
+        self._ticked_s = now_s
 
     def close(self) -> None:
         transfer, self._transfer = self._transfer, None
+        self._pace = _NO_PACE
         if transfer is not None:
             transfer.close()
         if self.runner.unpack is not None and not self._whole:
@@ -171,7 +188,22 @@ class Fetching(Stage):
         if self._transfer is None:
             return None
         fetch = self._transfer.fetch
-        return Progress(self.runner.row.model, fetch.frames_verified, fetch.frames_total)
+        return Progress(self.runner.row.model, fetch.frames_verified, fetch.frames_total, self._pace.why)
+
+    def _obey(self, transfer: Transfer) -> None:
+        """Come at the pace that holds now: with another limit by another connection, in a pause by none."""
+        before, self._pace = self._pace, self.ports.pacer.now()
+        if self._pace == before:
+            return
+        self.ports.journal.note_pace(self._pace.why)
+        if self._pace.limit_bytes_per_s == before.limit_bytes_per_s:
+            return
+        limit = self._pace.limit_bytes_per_s
+        log.info("fetch_paced", artifact=transfer.artifact, limit_bytes_per_s=limit, why=self._pace.why)
+        transfer.disconnect()
+        if not self._pace.is_pause:
+            link = self.ports.links.bulk(self.ports.mailbox.new_frames_port(), limit)
+            transfer.connect(link, self.ports.topics, limit)
 
     def _unpack(self, transfer: Transfer, frame: int) -> None:
         """Tell the decoder of a new frame, or begin decoding when it is time."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from agent.energy import EnergySampler
 from agent.journal import JOURNAL_FILE
 from agent.machine import Machine
+from agent.pacer import pace
 from agent.runtime_client import RuntimeClient
 from agent.settings import AgentSettings
 from agent.store import Store
@@ -19,6 +20,7 @@ from host.link import LinkDown, LinkUp
 from host.mqtt import Connection
 from wire.bitmap import Bitmap
 from wire.errors import AmperageError, Code, StoreError, TransferError
+from wire.messages import State
 
 BROKER_TIMEOUT_S = 5.0
 GIB = 1 << 30
@@ -34,6 +36,7 @@ def show_status(settings: AgentSettings) -> int:
         print(f"  serves {entry.model} {entry.version}  version {entry.decoded[:12]}{whole}")
     if not serving:
         print("  serves nothing")
+    print(f"  bandwidth: {_bandwidth(settings)}")
     journal = settings.store / JOURNAL_FILE
     if journal.exists():
         _show_journal(journal)
@@ -82,14 +85,24 @@ def _show_journal(path: Path) -> None:
             rows = journal.execute("SELECT model, version, state, reason, detail, artifact FROM deployments").fetchall()
             fetches = dict(journal.execute("SELECT artifact, verified FROM fetch").fetchall())
             sizes = dict(journal.execute("SELECT artifact, frames FROM fetch").fetchall())
+            held = journal.execute("SELECT value FROM facts WHERE name = 'pace'").fetchone()
             waiting = journal.execute("SELECT COUNT(*) FROM outbox").fetchone()[0]
     except sqlite3.Error as error:
         raise StoreError(Code.CORRUPT, f"{path}: {error}; is it another user's? try with sudo") from error
     for model, version, state, reason, detail, artifact in rows:
         print(f"  {model} {version or '?'}: {state}" + (f" ({reason}: {detail})" if reason else ""))
         if artifact in fetches:
-            print(f"    {len(Bitmap(sizes[artifact], fetches[artifact]))} of {sizes[artifact]} frames verified")
+            why = f", {bytes(held[0]).decode()}" if held and held[0] and state == State.FETCHING else ""
+            print(f"    {len(Bitmap(sizes[artifact], fetches[artifact]))} of {sizes[artifact]} frames verified{why}")
     print(f"  {waiting} reports wait for the fleet")
+
+
+def _bandwidth(settings: AgentSettings) -> str:
+    """What holds now by cap and schedule, and what inference would change."""
+    now = pace(settings, time.time(), busy=False)
+    limit, busy = now.limit_bytes_per_s, pace(settings, time.time(), busy=True)
+    text = now.why or ("no limit" if limit is None else f"at most {limit} bytes/s")
+    return text if busy == now else f"{text}; {busy.why}"
 
 
 def _trust(settings: AgentSettings) -> str:

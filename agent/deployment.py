@@ -16,6 +16,7 @@ from agent.journal import Deployment, Journal
 from agent.lifecycle import BOUNDS, RESUME, Outcome, Resume, is_end, serves_candidate, step
 from agent.machine import Machine
 from agent.mailbox import Mailbox, WorkDone, Workshop
+from agent.pacer import Pacer
 from agent.reporting import TEXT_LIMIT, Progress, Reporter
 from agent.runtime_client import Runtime
 from agent.settings import AgentSettings
@@ -59,6 +60,7 @@ class Ports:
     clock: Clock
     machine: Machine
     mailbox: Mailbox
+    pacer: Pacer
     workshop: Workshop
     reporter: Reporter
 
@@ -145,6 +147,10 @@ class Runner:
         row = replace(self.row, **changes)
         self.ports.journal.save_deployment(row)
         self.row = row
+
+    def postpone(self, seconds: float) -> None:
+        """Time in which the state may not work does not count against its deadline."""
+        self._deadline_s += seconds
 
     def work(self, name: str, call: Callable[[], object]) -> None:
         """Run a blocking call; its end reaches the stage of now, or nobody."""

@@ -182,6 +182,11 @@ class Journal:
                 (artifact, verified.length, verified.pack()),
             )
 
+    def note_pace(self, why: str) -> None:
+        """What holds the fetch back now, for whoever looks at the node; empty for nothing."""
+        with self.transaction():
+            self._set_fact("pace", why.encode())
+
     def forget_fetch(self, artifact: str) -> None:
         """Call before the staging file is removed."""
         with self.transaction():

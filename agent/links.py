@@ -27,13 +27,13 @@ class BrokerLinks:
         self._control = Connection(self._settings.broker, self._settings.node, inbox, will=will)
         return self._control
 
-    def bulk(self, inbox: Port) -> Link:
-        """A new connection for frames, under the bandwidth cap."""
+    def bulk(self, inbox: Port, limit_bytes_per_s: int | None) -> Link:
+        """A new connection for frames that reads no faster than the limit; None is none."""
         link = Connection(
             self._settings.broker,
             self._settings.node + BULK_SUFFIX,
             inbox,
-            rate_limit_bytes_per_s=self._settings.bandwidth_limit_bytes_per_s,
+            rate_limit_bytes_per_s=limit_bytes_per_s,
         )
         with self._lock:
             if self._bulk is not None:

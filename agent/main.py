@@ -20,6 +20,7 @@ from agent.journal import Journal
 from agent.links import BrokerLinks
 from agent.machine import Machine
 from agent.mailbox import Mailbox, Workshop
+from agent.pacer import Pacer
 from agent.reporting import Identity, Reporter
 from agent.runtime_client import RuntimeClient
 from agent.settings import AgentSettings
@@ -72,7 +73,7 @@ def run(settings: AgentSettings) -> int:
     mailbox, links, clock, machine = Mailbox(), BrokerLinks(settings), SystemClock(), Machine()
     store, topics = Store(settings.store), Topics(settings.root)
     reporter = Reporter(Identity(settings.node, boot_id, topics), journal, store, clock, settings.outbox_limit)
-    runtime = RuntimeClient(settings.runtime.admin_socket)
+    runtime, workshop = RuntimeClient(settings.runtime.admin_socket), Workshop(mailbox.control)
 
     def will(session: int) -> Will:
         return Will(topics.status(settings.node), reporter.status(session, online=False))
@@ -80,7 +81,8 @@ def run(settings: AgentSettings) -> int:
     ports = Ports(
         settings=settings, topics=topics, journal=journal, store=store, trust=load_trust(settings.trust),
         runtime=runtime, decoder=ChildDecoder(), links=links, control=links.control(mailbox.control, will),
-        clock=clock, machine=machine, mailbox=mailbox, workshop=Workshop(mailbox.control), reporter=reporter,
+        clock=clock, machine=machine, mailbox=mailbox, pacer=Pacer(settings, runtime, clock, workshop),
+        workshop=workshop, reporter=reporter,
     )  # fmt: skip
     log.info("agent_started", node=settings.node, boot_id=boot_id, boots=journal.boots, lock=lock)
     sampler = Sampler(settings, mailbox.control, runtime, clock, machine)

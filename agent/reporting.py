@@ -41,6 +41,8 @@ class Progress:
     model: str
     frames_verified: int
     frames_total: int
+    note: str = ""
+    """What holds it back, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,7 @@ def _model_report(row: Deployment | None, served: ServingModel | None, progress:
         version=row.version,
         state=row.state,
         reason=row.reason if ended else None,
-        detail=row.detail if ended else None,
+        detail=row.detail if ended else (fetching.note or None if fetching else None),
         variant=row.variant,
         artifact=row.artifact,
         delta=row.base is not None if row.artifact else None,

@@ -7,6 +7,7 @@ from pydantic import Field, StringConstraints, field_validator
 
 from agent.lifecycle import DEADLINES_S, TRANSITIONS
 from host.link import Broker
+from host.schedule import Schedule
 from host.settings import FilePath, Settings
 from wire.manifest import Name
 from wire.messages import State
@@ -34,6 +35,13 @@ class EnergySettings(Settings):
     estimate_busy_w_per_core: Annotated[float, Field(ge=0)] = 1.95
 
 
+class Bandwidth(Schedule):
+    """`[bandwidth]`: what of the link frames may use, beyond the cap."""
+
+    busy_limit_bytes_per_s: Annotated[int, Field(ge=0)] | None = None
+    """While inference is busy; 0 pauses, absent: inference does not matter."""
+
+
 class AgentSettings(Settings):
     """`agent.toml`."""
 
@@ -44,7 +52,8 @@ class AgentSettings(Settings):
     root: Annotated[str, StringConstraints(pattern=r"^[^+#/]+(/[^+#/]+)*$", strict=True)] = "amperage"
     runtime: RuntimeSockets = RuntimeSockets()
     bandwidth_limit_bytes_per_s: Annotated[int, Field(ge=0)] = 0
-    """0 means no limit."""
+    """Outside the hours of `bandwidth`; 0 means no limit."""
+    bandwidth: Bandwidth = Bandwidth()
     soak_s: Annotated[float, Field(ge=0, le=86_400)] = 60.0
     telemetry_interval_s: Annotated[float, Field(ge=0.5, le=3600)] = 30.0
     outbox_limit: Annotated[int, Field(ge=100, le=1_000_000)] = 5000

@@ -6,6 +6,7 @@ verified; so a crash costs at most the window of wire/fetch.py and no journalled
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from host.clock import Clock
 from host.link import LinkFigures, Publication, Received, Will
 from wire.bitmap import Bitmap
 from wire.documents import encode_document
-from wire.errors import ArtifactError
+from wire.errors import ArtifactError, StoreError
 from wire.fetch import Fetch, Judgement, credit_for, recheck
 from wire.manifest import Manifest
 from wire.messages import FrameMessage, Want
@@ -45,19 +46,18 @@ class Links(Protocol):
         """The one that is always there."""
         ...
 
-    def bulk(self, inbox: Port) -> Link:
-        """The one for frames, under the bandwidth cap."""
+    def bulk(self, inbox: Port, limit_bytes_per_s: int | None) -> Link:
+        """The one for frames, which reads no faster than the limit; None is none."""
         ...
 
 
 class Transfer:
     """One artifact being fetched, from `start` to `close`."""
 
-    def __init__(self, node: str, artifact: str, manifest: Manifest, rate_limit_bytes_per_s: int) -> None:
+    def __init__(self, node: str, artifact: str, manifest: Manifest) -> None:
         self.artifact = artifact
         self._node = node
         self._manifest = manifest
-        self._rate_limit_bytes_per_s = rate_limit_bytes_per_s
         self._link: Link | None = None
         self._descriptor = -1
         self.refused = 0
@@ -73,13 +73,13 @@ class Transfer:
             files.preallocate(store.pack_path(self.artifact), size)
             journal.save_verified(self.artifact, verified)
         self._descriptor = os.open(store.pack_path(self.artifact), os.O_RDWR | os.O_CLOEXEC)
-        credit = credit_for(self._rate_limit_bytes_per_s)
-        self.fetch = Fetch(self._node, self.artifact, self._manifest, verified, credit)
+        self.fetch = Fetch(self._node, self.artifact, self._manifest, verified, credit_for(0))
         self._open_index()
 
-    def connect(self, link: Link, topics: Topics) -> None:
-        """Subscribe to the frames; the want follows when the link is up."""
+    def connect(self, link: Link, topics: Topics, limit_bytes_per_s: int | None) -> None:
+        """Subscribe to the frames, which come no faster than the limit; the want follows when the link is up."""
         self._link, self._topics = link, topics
+        self.fetch.set_credit(credit_for(limit_bytes_per_s or 0))
         link.subscribe(topics.frames(self.artifact), qos=0)
         link.start()
 
@@ -116,13 +116,20 @@ class Transfer:
         if want is not None:
             self._publish(want)
 
-    def close(self) -> None:
-        """End the bulk connection, telling the depot that this node wants nothing more; idempotent."""
+    def disconnect(self) -> None:
+        """End the bulk connection, telling the depot that nothing is wanted now; what came is kept. Idempotent."""
         if self._link is not None:
+            with suppress(StoreError):  # what is not journalled is fetched again
+                if self.fetch.due(float("inf")):
+                    self._flush()
             if self._link.is_up():
                 self._publish(self.fetch.farewell())
             self._link.stop(STOP_TIMEOUT_S)
             self._link = None
+
+    def close(self) -> None:
+        """Disconnect and let go of the file; idempotent."""
+        self.disconnect()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -141,9 +148,12 @@ class Transfer:
 
     def _flush_if_due(self) -> None:
         if self.fetch.due(self._clock.monotonic_s()):
-            files.sync_data(self._descriptor)
-            self._journal.save_verified(self.artifact, self.fetch.verified)
-            self.fetch.journalled()
+            self._flush()
+
+    def _flush(self) -> None:
+        files.sync_data(self._descriptor)
+        self._journal.save_verified(self.artifact, self.fetch.verified)
+        self.fetch.journalled()
 
 
 def recheck_pack(manifest: Manifest, path: Path) -> Bitmap:

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from host.link import Broker
+from host.schedule import Schedule
 from host.settings import FilePath, Settings
 from wire.manifest import Name
 
@@ -38,13 +39,11 @@ class UpstreamSettings(Settings):
     name: Name
     """The gateway's own name at the upstream broker, as if it were a node."""
     broker: Broker
-    nodes: frozenset[Name] = frozenset()
+    nodes: Annotated[frozenset[Name], Field(strict=False)] = frozenset()
     """For whom reports and orders are carried; empty: for every node that speaks at the site's broker."""
-
-    @field_validator("nodes", mode="before")
-    @classmethod
-    def _take_list(cls, value: object) -> object:
-        return frozenset(value) if isinstance(value, list) else value
+    bandwidth_limit_bytes_per_s: Annotated[int, Field(ge=0)] = 0
+    """For frames, outside the hours of `bandwidth`; 0 means no limit."""
+    bandwidth: Schedule = Schedule()
 
 
 class DepotSettings(Settings):

@@ -57,10 +57,12 @@ class Upstream:
     ) -> None:
         self.received = 0
         """Frame messages that arrived from upstream."""
-        self._broker, self._name, self._topics, self._library = settings.broker, settings.name, topics, library
+        self._settings, self._name, self._topics, self._library = settings, settings.name, topics, library
         self._on_death = on_death
         self._inbox: queue.Queue[Any] = queue.Queue(INBOX_MESSAGES)
         self._link: Connection | None = None
+        self._limit: int | None = None
+        """Of the connection, in bytes per second."""
         self._lock = threading.Lock()
         self._wanted: dict[str, float] = {}
         """Artifact, and when a node of the site last asked for it."""
@@ -101,6 +103,7 @@ class Upstream:
 
     def _turn(self) -> None:
         self._begin_and_end()
+        self._hold_link()
         with suppress(queue.Empty):
             message = self._inbox.get(timeout=TURN_S)
             if isinstance(message, LinkUp):
@@ -126,24 +129,35 @@ class Upstream:
         for artifact in wanted - set(self._downloads) - set(self._refused):
             if self._library.pack_path(artifact) is None and self._library.document(artifact) is not None:
                 self._guarded(artifact, partial(self._begin, artifact))
-        if not self._downloads:
+
+    def _hold_link(self) -> None:
+        """A connection while something is fetched, as fast as may be now; none in a pause."""
+        limit = self._settings.bandwidth.limit_at(time.time(), self._settings.bandwidth_limit_bytes_per_s)
+        if limit != self._limit:
+            log.info("download_paced", limit_bytes_per_s=limit)
+        if not self._downloads or limit != self._limit:
             self._leave()
+        self._limit = limit
+        if self._link is None and self._downloads and limit != 0:
+            self._inbox = queue.Queue(INBOX_MESSAGES)
+            self._link = Connection(
+                self._settings.broker, f"{self._name}-bulk", self._inbox, rate_limit_bytes_per_s=limit
+            )
+            for artifact, download in self._downloads.items():
+                download.fetch.set_credit(credit_for(limit or 0))
+                self._link.subscribe(self._topics.frames(artifact))
+            self._link.start()
 
     def _begin(self, artifact: str) -> None:
         manifest = self._library.manifest(artifact)
         pack = self._library.open_partial(artifact, manifest)
-        fetch = Fetch(self._name, artifact, manifest, pack.verified, credit_for(0))
+        fetch = Fetch(self._name, artifact, manifest, pack.verified, credit_for(self._limit or 0))
         log.info("download_started", artifact=artifact, frames=fetch.frames_total, verified=fetch.frames_verified)
         with self._lock:
             self._downloads[artifact] = _Download(pack, fetch, time.monotonic(), fetch.frames_verified)
         self._advance(artifact)
-        if artifact not in self._downloads:
-            return
-        if self._link is None:
-            self._inbox = queue.Queue(INBOX_MESSAGES)
-            self._link = Connection(self._broker, f"{self._name}-bulk", self._inbox)
-            self._link.start()
-        self._link.subscribe(self._topics.frames(artifact))
+        if self._link is not None and artifact in self._downloads:
+            self._link.subscribe(self._topics.frames(artifact))
 
     def _take(self, message: Received) -> None:
         artifact = message.topic.rpartition("/")[2]

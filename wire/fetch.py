@@ -83,8 +83,7 @@ class Fetch:
         self._verified = verified
         self._count = len(verified)
         self._index_left = sum(1 for frame in range(self._index_frames) if frame not in verified)
-        self._credit = credit
-        self._credit.most = min(credit.most, max(CREDIT_FIRST, verified.length // CREDIT_SHARES))
+        self.set_credit(credit)
         self._seen = (0, 0)
         self._heard = 0
         """Frame messages of the depot that `seen` names, since the last want."""
@@ -181,6 +180,11 @@ class Fetch:
     def journalled(self) -> None:
         """Flush and journal row are done."""
         self._unjournalled_bytes = 0
+
+    def set_credit(self, credit: Credit) -> None:
+        """The link that comes is another: as fast as it may be, and no faster, frames are asked for."""
+        self._credit = credit
+        self._credit.most = min(credit.most, max(CREDIT_FIRST, self._verified.length // CREDIT_SHARES))
 
     def begin_session(self) -> None:
         """The link is new: what was asked is void, what was on its way is lost, nothing of this session was seen."""

@@ -23,6 +23,7 @@ from agent.engine import Engine
 from agent.journal import Journal
 from agent.machine import Machine
 from agent.mailbox import Mailbox, Port, Workshop
+from agent.pacer import Pacer
 from agent.reporting import Identity, Reporter
 from agent.settings import AgentSettings
 from agent.store import Store
@@ -296,11 +297,13 @@ class SimulatedLinks:
     def __init__(self, broker: SimulatedBroker) -> None:
         self.broker = broker
         self.made: list[SimulatedLink] = []
+        self.limits: list[int | None] = []
 
     def control(self, inbox: Port, will: object) -> SimulatedLink:
         return self._make(NODE, inbox)
 
-    def bulk(self, inbox: Port) -> SimulatedLink:
+    def bulk(self, inbox: Port, limit_bytes_per_s: int | None) -> SimulatedLink:
+        self.limits.append(limit_bytes_per_s)
         return self._make(f"{NODE}-bulk", inbox)
 
     def pump(self) -> None:
@@ -323,6 +326,7 @@ class SimulatedRuntime:
     refuses: set[str] = field(default_factory=set)
     reachable: bool = True
     failures: int = 0
+    active: int = 0
     pid: int = 100
     tokens_per_s: float | None = 100.0
     serving: dict[str, str] = field(default_factory=dict)
@@ -359,7 +363,7 @@ class SimulatedRuntime:
         self._reach()
         rows = [
             ModelStats(model=model, version="1", decoded=decoded, requests=10, failures=self.failures, prompt_tokens=1,
-                       completion_tokens=1, busy_s=0.1, active=0, tokens_per_s=self.tokens_per_s)
+                       completion_tokens=1, busy_s=0.1, active=self.active, tokens_per_s=self.tokens_per_s)
             for model, decoded in self.serving.items()
         ]  # fmt: skip
         return RuntimeStats(pid=self.pid, started_s=1.0, models=tuple(rows))
@@ -442,12 +446,14 @@ class Node:
         identity = Identity(NODE, self.journal.boot_id, TOPICS)
         self.reporter = Reporter(identity, self.journal, self.store, self.clock, self.settings.outbox_limit)
         self.control = self.links.control(self.mailbox.control, None)
+        workshop = Workshop(self.mailbox.control)
         self.engine = Engine(
             Ports(
                 settings=self.settings, topics=TOPICS, journal=self.journal, store=self.store,
                 trust=PinnedTrust(self.publisher.policy), runtime=self.runtime, decoder=self.decoder, links=self.links,
                 control=self.control, clock=self.clock, machine=Machine(), mailbox=self.mailbox,
-                workshop=Workshop(self.mailbox.control), reporter=self.reporter,
+                pacer=Pacer(self.settings, self.runtime, self.clock, workshop), workshop=workshop,
+                reporter=self.reporter,
             )
         )  # fmt: skip
 

@@ -264,4 +264,9 @@ def test_example_settings_are_taken_and_show_the_defaults(
     text = re.sub(r"^#(\w+ = )", r"\1", (PACKAGING / name).read_text(), flags=re.MULTILINE)
     (tmp_path / name).write_text(text)
     shown = load_settings(model, tmp_path / name)
+    if model is AgentSettings:
+        example = re.sub(r"^#   ", "", text, flags=re.MULTILINE)
+        assert example != text
+        (tmp_path / name).write_text(example)
+        assert load_settings(AgentSettings, tmp_path / name).bandwidth.schedule[0].limit_bytes_per_s == 0
     assert shown.model_dump(exclude={"deadlines"}) == plain.model_dump(exclude={"deadlines"})

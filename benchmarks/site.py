@@ -189,12 +189,13 @@ def running(*children: Child) -> Iterator[None]:
             child.stop()
 
 
-def depot_child(broker: PrivateBroker, root: str, directory: Path, release: Release) -> Child:
-    """A depot process over a library that holds `release`."""
+def depot_child(broker: PrivateBroker, root: str, directory: Path, artifact: tuple[str, bytes, Path]) -> Child:
+    """A depot process over a library that holds an artifact: its digest, its manifest as bytes and its pack."""
+    digest, document, path = artifact
     library = Library(directory / "library")
-    library.put_manifest(release.artifact, release.document)
-    upload = library.begin_upload(release.artifact)
-    with release.pack.open("rb") as pack:
+    library.put_manifest(digest, document)
+    upload = library.begin_upload(digest)
+    with path.open("rb") as pack:
         while part := pack.read(1 << 20):
             upload.feed(part)
     upload.commit()

@@ -45,7 +45,7 @@ def run() -> Sequence[Row]:
         keys = Keys(work / "keys")
         release = make_heavy_release(work, keys.release, WIRE_BYTES)
         with PrivateBroker(work / "broker") as broker:
-            depot = depot_child(broker, "bench", work, release)
+            depot = depot_child(broker, "bench", work, (release.artifact, release.document, release.pack))
             runtime, agent = agent_children(broker, "bench", work / "node", keys)
             with running(depot, runtime, agent):
                 fleet = Fleet(Broker(host=broker.host, port=broker.port), Topics("bench"), keys)

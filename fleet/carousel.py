@@ -45,6 +45,7 @@ class _Reader:
     seen: int = 0
     lost_up_to: int = 0
     patience_s: float = PATIENCE_FIRST_S
+    has_index: bool = False
     silent_since_s: float | None = None
     """Since when something published beyond `position` has had no answer; None when nothing is on its way."""
 
@@ -148,15 +149,16 @@ class Carousel:
     def _want(self, reader: _Reader, now_s: float) -> None:
         bits = int.from_bytes(reader.needs.pack(), "little")
         self._wanted |= bits
-        if not bits & ~self._index_mask:
-            return
+        reader.has_index = reader.has_index or bits & ~self._index_mask != 0
         if self._opens_s is None:
+            if not reader.has_index:
+                return
             self._gathering_ends_s = now_s + GATHER_MOST_S
             self._opens_s = now_s + GATHER_S
         elif now_s < self._opens_s:
             self._opens_s = min(now_s + GATHER_S, self._gathering_ends_s)
-        if 0 < self.company <= len(self._readers):
-            self._opens_s = min(self._opens_s, now_s)
+        if now_s < self._opens_s and 0 < self.company <= sum(each.has_index for each in self._readers.values()):
+            self._opens_s = now_s
 
     def _candidate(self, now_s: float) -> int | None:
         wanted = self._wanted & self.available

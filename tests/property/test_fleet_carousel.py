@@ -117,6 +117,20 @@ def test_pass_waits_while_readers_keep_coming_but_not_for_ever() -> None:
     assert carousel.next_frame(GATHER_MOST_S) == (1, 1)
 
 
+def test_pass_waits_for_those_who_just_came_for_the_index() -> None:
+    carousel = Carousel(6, 1, epoch=7)
+    index, data = Bitmap(6), Bitmap.full(6)
+    index.set(0)
+    data.clear(0)
+    carousel.company = 2
+    carousel.on_want("first", data, (0, 0), 16, 0.0)
+    carousel.on_want("second", index, (0, 0), 16, 0.8 * GATHER_S)
+    assert carousel.next_frame(0.8 * GATHER_S) == (0, 1)
+    assert carousel.next_frame(1.7 * GATHER_S) is None
+    carousel.on_want("second", data, (7, 1), 16, 1.7 * GATHER_S)
+    assert carousel.next_frame(1.7 * GATHER_S) == (1, 2), "both are here"
+
+
 def test_index_is_repeated_once_for_all_who_came_since_it_was_sent() -> None:
     carousel = Carousel(6, 1, epoch=7)
     index = Bitmap(6)

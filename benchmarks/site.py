@@ -114,8 +114,8 @@ def _write_ballast(path: Path, wire_bytes: int) -> int:
 class Fleet:
     """Orders one node and hears its events, on one connection; `events` gets every Event once."""
 
-    def __init__(self, broker: Broker, topics: Topics, keys: Keys, node: str = NODE) -> None:
-        self._topics, self._keys, self._node = topics, keys, node
+    def __init__(self, broker: Broker, topics: Topics, keys: Keys) -> None:
+        self._topics, self._keys, self._node = topics, keys, NODE
         self._inbox: queue.Queue[object] = queue.Queue(4096)
         self._link = Connection(broker, "bench-fleet", self._inbox)
         self._link.subscribe(topics.every_node("event"), qos=1)
@@ -142,12 +142,17 @@ class Fleet:
         self._put(self._topics.desired(self._node), envelope)
         return now_s
 
-    def wait_for(self, *states: State) -> dict[State, float]:
-        """Seconds since 1970 by state entered, by the node's clock, until one of `states` was entered."""
+    def wait_for(self, *states: State, release: Release | None = None) -> dict[State, float]:
+        """Seconds since 1970 by state entered, by the node's clock, until one of `states` was entered.
+
+        Only by `release`, when it is given.
+        """
         entered: dict[State, float] = {}
         deadline_s = time.monotonic() + TIMEOUT_S
         while not entered.keys() & set(states):
             event = self._next_event(deadline_s - time.monotonic())
+            if release is not None and event.release != release.digest:
+                continue
             entered[event.after] = event.time_s
             if event.after in (State.FAILED, State.ROLLED_BACK) and event.after not in states:
                 raise RuntimeError(f"the release ended as {event.after}: {event.reason}, {event.detail}")
@@ -204,9 +209,7 @@ def depot_child(broker: PrivateBroker, root: str, directory: Path, artifact: tup
     return Child("depot", command, directory / "depot.log")
 
 
-def agent_children(
-    broker: PrivateBroker, root: str, directory: Path, keys: Keys, extra: str = ""
-) -> tuple[Child, Child]:
+def agent_children(broker: Broker, root: str, directory: Path, keys: Keys, extra: str = "") -> tuple[Child, Child]:
     """The node's runtime and its agent (in this order), whose files are below `directory`."""
     directory.mkdir()
     (directory / "store").mkdir()

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.harness import ROUNDS, Row, Samples, at_least, at_most, measure, row, rows_against
 from benchmarks.site import Fleet, Keys, Release, agent_children, depot_child, make_heavy_release, running
+from benchmarks.thin_link import obeying
 from cli.demo.processes import Child
 from fleet.broker import PrivateBroker
 from host.link import Broker
@@ -46,17 +47,20 @@ def run() -> Sequence[Row]:
         release = make_heavy_release(work, keys.release, WIRE_BYTES)
         with PrivateBroker(work / "broker") as broker:
             depot = depot_child(broker, "bench", work, (release.artifact, release.document, release.pack))
-            runtime, agent = agent_children(broker, "bench", work / "node", keys)
-            with running(depot, runtime, agent):
-                fleet = Fleet(Broker(host=broker.host, port=broker.port), Topics("bench"), keys)
-                fleet.offer(release)
-                fetch(fleet, release)  # everything is up after this, however long a process took to start
-                rows = [
-                    *_rates(fleet, release, broker, work),
-                    _memory(fleet, release, agent),
-                    *_publish_to_active(fleet, release, work),
-                ]
-                fleet.close()
+            address = Broker(host=broker.host, port=broker.port)
+            runtime, agent = agent_children(address, "bench", work / "node", keys)
+            fleet = Fleet(address, Topics("bench"), keys)
+            fleet.offer(release)
+            with running(depot):
+                with running(runtime, agent):
+                    fetch(fleet, release)  # everything is up after this, however long a process took to start
+                    rows = [
+                        *_rates(fleet, release, broker, work),
+                        _memory(fleet, release, agent),
+                        *_publish_to_active(fleet, release, work),
+                    ]
+                rows += obeying(fleet, address, release, keys, work)
+            fleet.close()
         return rows
 
 

@@ -53,15 +53,15 @@ def fetch(order: Order, port: int, root: str, artifact: str, manifest: Manifest)
     directory = Path(order.directory)
     settings = AgentSettings(
         node=order.node, store=directory, trust=directory / "trust.json", root=root,
-        broker=Broker(host="127.0.0.1", port=port), bandwidth_limit_bytes_per_s=order.bytes_per_s,
+        broker=Broker(host="127.0.0.1", port=port),
     )  # fmt: skip
     mailbox, links, store = Mailbox(), BrokerLinks(settings), Store(directory)
     store.adopt(frozenset())
     journal = Journal(directory, "0" * 32)
     time.sleep(max(0.0, order.starts_s - time.time()))
-    transfer = Transfer(order.node, artifact, manifest, order.bytes_per_s)
+    transfer = Transfer(order.node, artifact, manifest)
     transfer.start(store, journal, SystemClock())
-    transfer.connect(links.bulk(mailbox.new_frames_port()), Topics(root))
+    transfer.connect(links.bulk(mailbox.new_frames_port(), order.bytes_per_s), Topics(root), order.bytes_per_s)
     deadline_s = time.monotonic() + TIMEOUT_S
     while not transfer.fetch.is_complete and time.monotonic() < deadline_s:
         mailbox.wait(TURN_S)

@@ -3,7 +3,8 @@
 Planes of symbols have no repetitions, only a skewed histogram. Each match that zstd finds in them is a coincidence that
 costs more than its literals and slows the decoder down, so the first candidate hardly looks for matches (LITERALS).
 Measured on bf16 exponents of 2.55 bit: 2.60 bit that way at 400 MB/s, against 2.89 at level 1, 3.36 at level 3, and
-2.60 at level 19 and 1 MB/s. Levels 1 and 19 are for what does repeat: text, graphs, padding.
+2.60 at level 19 and 1 MB/s. The second looks for long ones as fast as it can (REPEATS); where it finds some, as in
+text, graphs, padding or the rows of an embedding that nobody trained, level 19 is worth its time.
 
 A section that changed with its file, such as JSON, may also reach into what the base holds in its place (`dictionary`).
 
@@ -24,16 +25,24 @@ from wire.manifest import SECTION_LIMIT_BYTES
 WINDOW_LIMIT_BYTES = 8 * 1024 * 1024
 """What RFC 8878 section 3.1.1.1.2 asks decoders to support at least."""
 
-LEVELS = (1, 19)
+BEST_LEVEL = 19
 
-SAMPLE_BYTES = 32 * 1024
-SAMPLE_GAIN = 0.99
-"""Level 19 takes seconds for a MiB where the others take milliseconds: a sample must promise one per cent."""
+REPEATS_GAIN = 0.999
+"""Level 19 takes seconds for a MiB where the others take milliseconds: repetitions must have saved 0.1 % first."""
+
+BEST_SAVES = 0.5
+"""More than level 19 was ever seen to save of what REPEATS leaves."""
 
 LITERALS = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST, window_log=20, hash_log=6, min_match=7, write_checksum=False
 )
 """Remembers 64 places and takes no match below seven bytes: what is left are literals, in blocks of 128 KiB."""
+
+REPEATS = zstandard.ZstdCompressionParameters(
+    strategy=zstandard.STRATEGY_GREEDY, window_log=20, hash_log=20, chain_log=20, search_log=3, min_match=7,
+    write_checksum=False,
+)  # fmt: skip
+"""Remembers all places of a section."""
 
 _BLOCK_HEADER_BYTES = 3
 
@@ -46,16 +55,12 @@ _local = threading.local()
 def encode_huffman(plane: bytes | memoryview, beat_bytes: float = float("inf")) -> bytes:
     """The smallest frame that was tried, the first of equals; deterministic for one zstd version.
 
-    `beat_bytes` is what the plane takes otherwise: level 19 is not tried where a sample promises no less than that.
+    `beat_bytes` is what the plane takes otherwise: level 19 is not tried where it has no chance against that.
     """
-    fast, strong = LEVELS
-    least = min((_compressor(level).compress(plane) for level in (None, fast)), key=len)
-    first = max(0, (len(plane) - SAMPLE_BYTES) // 2)
-    sample = plane[first : first + SAMPLE_BYTES]
-    simple = min(len(_compressor(level).compress(sample)) for level in (None, fast))
-    promise = len(_compressor(strong).compress(sample)) / simple
-    if promise < SAMPLE_GAIN and len(least) * promise < beat_bytes:
-        return min(least, _compressor(strong).compress(plane), key=len)
+    literals, repeats = (_compressor(kind).compress(plane) for kind in ("literals", "repeats"))
+    least = min(literals, repeats, key=len)
+    if len(repeats) < len(literals) * REPEATS_GAIN and len(repeats) * BEST_SAVES < beat_bytes:
+        return min(least, _compressor("best").compress(plane), key=len)
     return least
 
 
@@ -68,7 +73,7 @@ def encode_dictionary(plane: bytes | memoryview, dictionary: bytes) -> bytes | N
     """A frame whose matches may reach into `dictionary`; None where that is too short or too long to be one."""
     if not DICTIONARY_LEAST_BYTES <= len(dictionary) <= SECTION_LIMIT_BYTES:
         return None
-    compressor = zstandard.ZstdCompressor(level=max(LEVELS), dict_data=_raw_content(dictionary), write_checksum=False)
+    compressor = zstandard.ZstdCompressor(level=BEST_LEVEL, dict_data=_raw_content(dictionary), write_checksum=False)
     return compressor.compress(plane)
 
 
@@ -113,16 +118,14 @@ def _raw_content(dictionary: bytes) -> zstandard.ZstdCompressionDict:
     return zstandard.ZstdCompressionDict(dictionary, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
 
 
-def _compressor(level: int | None) -> zstandard.ZstdCompressor:
-    """One per thread and level (None for LITERALS): they are not safe to share (python-zstandard issue 166)."""
+def _compressor(kind: str) -> zstandard.ZstdCompressor:
+    """One per thread and kind: they are not safe to share (python-zstandard issue 166)."""
     made = _local.__dict__.setdefault("compressors", {})
-    if level not in made:
-        made[level] = (
-            zstandard.ZstdCompressor(compression_params=LITERALS)
-            if level is None
-            else zstandard.ZstdCompressor(level=level, write_checksum=False, write_content_size=True)
-        )
-    compressor: zstandard.ZstdCompressor = made[level]
+    if not made:
+        made["literals"] = zstandard.ZstdCompressor(compression_params=LITERALS)
+        made["repeats"] = zstandard.ZstdCompressor(compression_params=REPEATS)
+        made["best"] = zstandard.ZstdCompressor(level=BEST_LEVEL, write_checksum=False, write_content_size=True)
+    compressor: zstandard.ZstdCompressor = made[kind]
     return compressor
 
 

@@ -120,11 +120,11 @@ def _choose_palette(symbols: Bytes, symbol_bits: int) -> tuple[Bytes, Integers, 
     order = np.argsort(-counts, kind="stable")
     covered = np.cumsum(counts[order])
 
-    def cost(bits: int) -> float:
+    def cost(bits: int) -> int:
         inside = int(covered[(1 << bits) - 1])
         outside = symbols.size - inside
-        gap_bits = np.log2(symbols.size / outside) + 2 if outside else 0.0
-        return float(8 * (1 << bits) + inside * bits + outside * (8 + gap_bits))
+        gap_bits = (symbols.size // outside).bit_length() + 1 if outside else 0
+        return 8 * (1 << bits) + inside * bits + outside * (8 + gap_bits)
 
     bits = min(range(min(MAX_PALETTE_BITS, symbol_bits) + 1), key=cost)
     palette = order[: 1 << bits].astype(np.uint8)

@@ -8,7 +8,7 @@ then, since it would cost a seventh of the time of decoding.
 import zlib
 from dataclasses import dataclass
 
-from codec.ans import ans_size_bytes, decode_ans_into, encode_ans
+from codec.ans import STEP_BYTES, ans_cost, decode_ans_into, encode_ans
 from codec.entropy import byte_histogram
 from codec.huffman import (
     decode_dictionary_into,
@@ -22,9 +22,8 @@ from wire.errors import ArtifactError, Code
 from wire.index import Section, SectionCodec
 
 ANS_SHARE = 0.98
-ANS_LEAST_BYTES = 1024
-"""ANS takes some 10 ms of a section where the others take one: it must save 2 % of it, and a KiB. In effect that is
-where a symbol costs less than about 1.5 bit, and Huffman's whole bits are dear."""
+"""ANS decodes several times slower than the others: it must save 2 % of the section, and STEP_BYTES for every step. In
+effect it is taken where a symbol costs less than about 1.5 bit, so that Huffman's whole bits are dear."""
 
 _COST = {
     SectionCodec.RAW: 0, SectionCodec.HUFFMAN: 1, SectionCodec.DICTIONARY: 2, SectionCodec.RICE: 3,
@@ -64,11 +63,13 @@ def encode_section(
     prefixed = None if dictionary is None else encode_dictionary(raw, dictionary)
     if prefixed is not None:
         candidates.append((SectionCodec.DICTIONARY, prefixed))
-    ans_bytes = ans_size_bytes(byte_histogram(plane))
-    beat_bytes = min(ans_bytes / ANS_SHARE, *(len(coded) for _, coded in candidates))
+    ans_bytes, ans_steps = ans_cost(byte_histogram(plane))
+    beat_bytes = min(
+        max(ans_bytes / ANS_SHARE, ans_bytes + STEP_BYTES * ans_steps), *(len(coded) for _, coded in candidates)
+    )
     candidates.append((SectionCodec.HUFFMAN, encode_huffman(raw, beat_bytes)))
     codec, coded = min(candidates, key=lambda candidate: (len(candidate[1]), _COST[candidate[0]]))
-    worth = min(len(coded) * ANS_SHARE, len(coded) - ANS_LEAST_BYTES)
+    worth = min(len(coded) * ANS_SHARE, len(coded) - STEP_BYTES * ans_steps)
     if ans_bytes < worth:
         candidate = encode_ans(plane)
         if len(candidate) < worth:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +22,8 @@ from codec.decoder import decode_pack
 from codec.encoder import encode_pack
 from codec.versions import read_version
 from tests.fixtures.codec.versions import make_manifest, make_version
-from wire.errors import ArtifactError
+from wire.documents import encode_document, parse_document
+from wire.errors import ArtifactError, Code, StoreError
 from wire.index import Index, Section, SectionCodec, encode_index, parse_index
 from wire.manifest import FRAME_BYTES, Manifest
 
@@ -175,6 +177,13 @@ def bombs() -> Iterator[tuple[str, SectionCodec, bytes, int]]:
     mebibyte = 1 << 20
     full = bytes([0xFF]) * (mebibyte - 64)
     yield "header that claims exabytes", SectionCodec.HUFFMAN, bytes.fromhex("28b52ffde06c06060663636363"), mebibyte
+    zeros = zstandard.ZstdCompressor(level=19).compress(bytes(1 << 30))
+    yield "a GiB of zeros", SectionCodec.HUFFMAN, zeros, mebibyte
+    # Block headers of RFC 8878 3.1.1.2: run-length blocks of 128 KiB, 8192 of them, behind a header that claims a MiB.
+    runs = b"".join((1 << 17 << 3 | 1 << 1 | (n == 8191)).to_bytes(3, "little") + b"\0" for n in range(8192))
+    header = bytes.fromhex("28b52ffd a0") + mebibyte.to_bytes(4, "little")
+    yield "a GiB of zeros behind a modest header", SectionCodec.HUFFMAN, header + runs, mebibyte
+    yield "window of a GiB", SectionCodec.HUFFMAN, bytes.fromhex("28b52ffd 80 a0 00001000") + runs[:32], mebibyte
     yield "rice of ones", SectionCodec.RICE, bytes.fromhex("0400000000000800ffffffff") + full, mebibyte
     yield "rice of most events", SectionCodec.RICE, bytes.fromhex("04140014000008000000 0800") + full, mebibyte
     yield "rice of wide palette", SectionCodec.RICE, bytes.fromhex("0814041400000400 00000400") + full, mebibyte
@@ -198,6 +207,64 @@ def test_section_bomb_is_refused_within_bounded_memory(
     (tmp_path / "bomb").write_bytes(pack)
     (tmp_path / "out").mkdir()
     assert in_child(lambda: decode_pack(manifest, tmp_path / "bomb", tmp_path / "out", threads=1)) == "ArtifactError"
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A small full artifact whose float tensors are sparse."""
+    place = tmp_path_factory.mktemp("sparse")
+    version = make_version(place / "v", weights=600, floats=400, pruned=0.6)
+    encoded = encode_pack(version, place / "v", place / "p")
+    assert "s" in encoded.operations
+    return Artifact(make_manifest(version, encoded), (place / "p").read_bytes(), place / "v")
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_signed_sparse_sections_that_lie_are_refused(sparse: Artifact, draw: st.DataObject) -> None:
+    """Masks that set more or fewer items than there are, past the end, or of another size."""
+    table, data = list(sparse.index.sections), bytearray(sparse.data)
+    row = draw.draw(st.sampled_from([n for n, s in enumerate(table) if sparse.manifest.operations[s.stream] == "s"]))
+    old = table[row]
+    if draw.draw(st.booleans()):
+        start = sum(section.coded_size for section in table[:row])
+        data[start + draw.draw(st.integers(0, old.coded_size - 1))] ^= draw.draw(st.integers(1, 255))
+    else:
+        size = draw.draw(st.sampled_from([0, 1, 49, 50, 51, 399, 400, 401, 1 << 17, (1 << 17) + 1, 1 << 20]))
+        coded_size = old.coded_size if size else 0
+        table[row] = Section(old.stream, old.plane, old.codec, size, coded_size, old.crc32)
+        data = data[: sum(section.coded_size for section in table)]
+    try:
+        decoded = decode(sparse, *resign(sparse, Index((), tuple(table)), bytes(data)))
+    except ArtifactError:
+        return
+    assert all(decoded[entry.path] == entry.sha256 for entry in sparse.manifest.version.files)
+
+
+def test_sparse_artifact_cut_at_every_byte_is_refused(sparse: Artifact) -> None:
+    with TemporaryDirectory() as place:
+        pack, out = Path(place) / "p", Path(place) / "out"
+        pack.write_bytes(sparse.pack)
+        for size in range(len(sparse.pack) - 1, -1, -1):
+            os.truncate(pack, size)
+            out.mkdir()
+            with pytest.raises(ArtifactError):
+                decode_pack(sparse.manifest, pack, out, threads=1)
+            shutil.rmtree(out)
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_mutated_manifest_is_refused_or_means_the_same_files(artifact: Artifact, draw: st.DataObject) -> None:
+    document = bytearray(encode_document(artifact.manifest))
+    for _ in range(draw.draw(st.integers(1, 3))):
+        document[draw.draw(st.integers(0, len(document) - 1))] = draw.draw(st.sampled_from(b'0189af"{}[],:-fscdtu\x00'))
+    try:
+        manifest = parse_document(Manifest, bytes(document), code=Code.BAD_MANIFEST)
+        decoded = decode(artifact, manifest, artifact.pack)
+    except (ArtifactError, StoreError):
+        return
+    assert all(decoded[entry.path] == entry.sha256 for entry in manifest.version.files)
 
 
 def test_decoding_stays_within_bounded_memory(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from codec.ans import decode_ans_into, encode_ans
 from codec.difference import add, subtract, symbol_bits
-from codec.entropy import byte_histogram, entropy_bytes, nibble_histogram
+from codec.entropy import LOG2_BITS, byte_histogram, entropy_bytes, log2_fixed, nibble_histogram
 from codec.huffman import decode_huffman_into, encode_huffman
 from codec.planes import ITEM_BYTES, join_planes, split_planes
 from codec.rice import decode_rice_into, encode_rice
@@ -72,15 +72,23 @@ def test_ans_stays_near_the_entropy_at_any_size(size: int, density: float) -> No
     random = np.random.default_rng(size)
     plane = (random.integers(1, 16, size) * (random.random(size) < density)).astype(np.uint8)
     coded = encode_ans(plane)
-    assert len(coded) <= entropy_bytes(byte_histogram(plane)) * 1.03 + size / 400 + 80
+    lanes = 1 << coded[0]
+    assert len(coded) <= entropy_bytes(byte_histogram(plane)) * 1.03 + 4 * lanes + 80
+    assert size <= 2048 * lanes
     out = filled(size)
     decode_ans_into(coded, out)
     assert np.array_equal(out, plane)
 
 
+@given(st.lists(st.integers(1, 1 << 31), min_size=1, max_size=50))
+def test_integer_logarithm_is_the_logarithm(values: list[int]) -> None:
+    found = log2_fixed(np.array(values)) / (1 << LOG2_BITS)
+    assert np.allclose(found, np.log2(values), rtol=0, atol=2**-18)
+
+
 def test_plane_of_cheap_symbols_takes_ans() -> None:
     random = np.random.default_rng(5)
-    plane = (random.integers(1, 4, 1 << 18) * (random.random(1 << 18) < 0.1)).astype(np.uint8)
+    plane = (random.integers(1, 4, 1 << 20) * (random.random(1 << 20) < 0.1)).astype(np.uint8)
     section = encode_section(plane)
     assert section.codec is SectionCodec.ANS
     out = filled(plane.size)

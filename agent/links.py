@@ -10,6 +10,8 @@ from host.link import Will
 from host.mqtt import Connection
 
 BULK_SUFFIX = "-bulk"
+BULK_KEEPALIVE_S = 30
+"""A fetch should notice a dead link sooner than an idle node has to, and lasts too short for its pings to count."""
 
 
 class BrokerLinks:
@@ -17,6 +19,8 @@ class BrokerLinks:
 
     def __init__(self, settings: AgentSettings) -> None:
         self._settings = settings
+        keepalive_s = min(settings.broker.keepalive_s, BULK_KEEPALIVE_S)
+        self._bulk_broker = settings.broker.model_copy(update={"keepalive_s": keepalive_s})
         self._lock = threading.Lock()
         self._control: Link | None = None
         self._bulk: Link | None = None
@@ -30,7 +34,7 @@ class BrokerLinks:
     def bulk(self, inbox: Port, limit_bytes_per_s: int | None) -> Link:
         """A new connection for frames that reads no faster than the limit; None is none."""
         link = Connection(
-            self._settings.broker,
+            self._bulk_broker,
             self._settings.node + BULK_SUFFIX,
             inbox,
             rate_limit_bytes_per_s=limit_bytes_per_s,

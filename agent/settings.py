@@ -56,6 +56,8 @@ class AgentSettings(Settings):
     bandwidth: Bandwidth = Bandwidth()
     soak_s: Annotated[float, Field(ge=0, le=86_400)] = 60.0
     telemetry_interval_s: Annotated[float, Field(ge=0.5, le=3600)] = 30.0
+    telemetry_idle_interval_s: Annotated[float, Field(ge=0.5, le=86_400)] = 900.0
+    """While no request comes and nothing is fetched."""
     outbox_limit: Annotated[int, Field(ge=100, le=1_000_000)] = 5000
     """Reports kept while nobody acknowledges; the oldest go first and the gap is declared."""
     disk_reserve_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024

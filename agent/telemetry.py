@@ -1,5 +1,8 @@
 """The telemetry thread: samples power several times a second and closes a window of figures at every interval.
 
+While nothing is asked of the node its windows are longer: a report every half minute that says nothing would be most of
+what an idle node sends.
+
 Writes nothing: a closed window goes to the engine, which numbers and journals it. What cannot be read is absent; a
 runtime that does not answer makes a window without inference figures, not a fault.
 """
@@ -20,6 +23,9 @@ from host.files import free_bytes
 from wire.errors import AmperageError
 from wire.messages import EnergyFigure, HealthFigures, InferenceFigures, Telemetry
 from wire.serving import ModelStats, RuntimeStats
+
+ACTIVE_LINK_BYTES = 256 * 1024
+"""Received in a window by a node that is not idle: reports and acknowledgements are far less, one fetch is more."""
 
 Totals = Callable[[], tuple[int, int, int]]
 
@@ -90,19 +96,30 @@ class Sampler:
         stats = self._stats()
         base = Baseline(self._clock.monotonic_s(), self._machine.cpu_times(), self._totals(),
                         stats.models if stats else ())  # fmt: skip
+        due_s = base.started_s + self._settings.telemetry_interval_s
+        idle_since_s = float("-inf")  # the first window is short: whoever set up the node waits for it
         while not self._stopping.wait(self._settings.energy.sample_interval_s):
             now_s = self._clock.monotonic_s()
             self._energy.sample(now_s)
-            if now_s - base.started_s >= self._settings.telemetry_interval_s:
-                window, base = self._close(base, now_s)
+            if now_s < due_s:
+                continue
+            due_s = now_s + self._settings.telemetry_interval_s
+            stats = self._stats()
+            if now_s - idle_since_s >= self._settings.telemetry_idle_interval_s or self._is_active(base, stats):
+                window, base = self._close(base, now_s, stats)
+                idle_since_s = now_s
                 try:
                     self._control.put_nowait(window)
                 except queue.Full:
                     continue  # the engine is far behind: one window less is the smallest harm
 
-    def _close(self, base: Baseline, now_s: float) -> tuple[Window, Baseline]:
+    def _is_active(self, base: Baseline, stats: RuntimeStats | None) -> bool:
+        """Whether anything was asked of this node since the window began."""
+        rows = window_figures(base.models, stats.models if stats else ())
+        return any(row.requests for row in rows) or self._totals()[0] - base.link[0] >= ACTIVE_LINK_BYTES
+
+    def _close(self, base: Baseline, now_s: float, stats: RuntimeStats | None) -> tuple[Window, Baseline]:
         window_s = now_s - base.started_s
-        stats = self._stats()
         models = stats.models if stats else ()
         rows = window_figures(base.models, models)
         energy = self._energy.close_window(window_s)

@@ -16,7 +16,7 @@ class Broker(Settings):
 
     host: Annotated[str, Field(min_length=1)]
     port: Annotated[int, Field(ge=1, le=65535)] = 1883
-    keepalive_s: Annotated[int, Field(ge=5, le=3600)] = 30
+    keepalive_s: Annotated[int, Field(ge=5, le=3600)] = 60
     reconnect_max_s: Annotated[float, Field(ge=0.25, le=3600)] = 30.0
     ca_file: FilePath | None = None
     certificate_file: FilePath | None = None

@@ -83,7 +83,7 @@ class Agent:
         (directory / "trust.json").write_bytes(encode_document(publisher.policy))
         (directory / "agent.toml").write_text(
             f'node = "{name}"\nstore = "{directory}/store"\ntrust = "{directory}/trust.json"\nroot = "{topics.root}"\n'
-            f"soak_s = 0.2\ntelemetry_interval_s = 0.5\n{extra}\n"
+            f"soak_s = 0.2\ntelemetry_interval_s = 0.5\ntelemetry_idle_interval_s = 0.5\n{extra}\n"
             f'[broker]\nhost = "{broker.host}"\nport = {broker.port}\n'
             f"keepalive_s = {broker.keepalive_s}\nreconnect_max_s = {broker.reconnect_max_s}\n"
             f'[runtime]\nadmin_socket = "{directory}/admin.sock"\n'

@@ -125,7 +125,7 @@ class Site:
         agent_settings.write_text(
             f'node = "{name}"\nstore = "{home}/store"\ntrust = "{self.trust}"\n'
             f"bandwidth_limit_bytes_per_s = {bandwidth_limit_bytes_per_s}\nsoak_s = {soak_s}\n"
-            "telemetry_interval_s = 2.0\n"
+            "telemetry_interval_s = 2.0\ntelemetry_idle_interval_s = 2.0\n"
             f'[broker]\nhost = "{self.broker_host}"\nport = {self.broker_port}\n'
             f'[runtime]\npublic_socket = "{home}/inference.sock"\nadmin_socket = "{home}/admin.sock"\n'
         )

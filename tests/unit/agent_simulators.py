@@ -327,6 +327,7 @@ class SimulatedRuntime:
     reachable: bool = True
     failures: int = 0
     active: int = 0
+    requests: int = 10
     pid: int = 100
     tokens_per_s: float | None = 100.0
     serving: dict[str, str] = field(default_factory=dict)
@@ -362,8 +363,9 @@ class SimulatedRuntime:
     def stats(self) -> RuntimeStats:
         self._reach()
         rows = [
-            ModelStats(model=model, version="1", decoded=decoded, requests=10, failures=self.failures, prompt_tokens=1,
-                       completion_tokens=1, busy_s=0.1, active=self.active, tokens_per_s=self.tokens_per_s)
+            ModelStats(model=model, version="1", decoded=decoded, requests=self.requests, failures=self.failures,
+                       prompt_tokens=1, completion_tokens=1, busy_s=0.1, active=self.active,
+                       tokens_per_s=self.tokens_per_s)
             for model, decoded in self.serving.items()
         ]  # fmt: skip
         return RuntimeStats(pid=self.pid, started_s=1.0, models=tuple(rows))

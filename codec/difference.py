@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from codec.planes import Bytes
 from wire.manifest import Dtype
 
+_BLOCK_WORDS = 1 << 13
 _TOP = np.uint64(0x8888888888888888)
 _REST = np.uint64(0x7777777777777777)
 
@@ -33,7 +34,12 @@ def add(dtype: Dtype, base: Bytes, difference: Bytes) -> Bytes:
     if symbol_bits(dtype) == 8:
         return base + difference
     x, y = _words(base), _words(difference)
-    return _bytes(((x & _REST) + (y & _REST)) ^ ((x ^ y) & _TOP), base.size)
+    total = np.empty_like(x)
+    for start in range(0, x.size, _BLOCK_WORDS):  # what lies in between stays in the cache
+        a, b, out = (words[start : start + _BLOCK_WORDS] for words in (x, y, total))
+        np.add(a & _REST, b & _REST, out=out)
+        out ^= (a ^ b) & _TOP
+    return _bytes(total, base.size)
 
 
 def _words(data: Bytes) -> NDArray[np.uint64]:

@@ -147,10 +147,10 @@ def _sizes(name: str, packed: Packed, least_ratio: float | None = None) -> list[
 
 
 def _beside_zipnn(name: str, packed: Packed) -> Row:
-    """Our wire of the tensors beside ZipNN's of the same bytes."""
-    raw = (packed.built.directory / "weights.bin").read_bytes()
+    """Our wire of the tensors beside ZipNN's of the same bytes, which has to be installed by hand: it needs torch."""
+    raw = packed.built.tensor_bytes
     try:
-        import zipnn  # type: ignore[import-not-found]  # needs torch, so no lock has it
+        import zipnn  # type: ignore[import-not-found]
 
         theirs: Samples | None = exact(len(zipnn.ZipNN(bytearray_dtype="bfloat16").compress(raw)))
     except ImportError:

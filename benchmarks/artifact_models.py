@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from benchmarks.harness import PeerAbsent
 from codec.encoder import EncodedPack, encode_pack
+from codec.versions import stream_bytes
 from forge.build import build_version
 from forge.decoder_weights import place_int4
 from forge.quantise import BLOCK, Float, quantise_int4, to_bf16_grid
@@ -22,7 +23,7 @@ from forge.weights import WEIGHTS_FILE, WeightsWriter, writing_weights
 from wire.digest import digest_of
 from wire.documents import encode_document
 from wire.index import Section, parse_index
-from wire.manifest import DecoderConfig, Dtype, FileEntry, Layout, Manifest, Requirements, VersionDocument
+from wire.manifest import DecoderConfig, Dtype, FileEntry, Layout, Manifest, Requirements, VersionDocument, streams_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples"
@@ -45,6 +46,11 @@ class Built:
     def raw(self) -> bytes:
         """All files end to end: what a general compressor is given."""
         return b"".join((self.directory / entry.path).read_bytes() for entry in self.version.files)
+
+    @property
+    def tensor_bytes(self) -> bytes:
+        """All tensors end to end."""
+        return b"".join(stream_bytes(self.directory, s).tobytes() for s in streams_of(self.version) if s.name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,9 @@ per cent. rANS (Duda, arXiv 1311.2540) spends the fraction too. Many independent
 operation at a time: byte i of the plane belongs to lane i mod lanes, and the lanes share one sequence of 16-bit words,
 taken in lane order by those whose state ran low (the construction of Giesen, arXiv 1402.3392).
 
+Measured on int4 planes of 1 MiB, one x86 core: 80 % pruned 1.01 times the entropy where zstd takes 1.07, 90 % pruned
+1.02 where zstd takes 1.21, at 70 to 110 MB/s where zstd decodes 700 to 1200 (`scripts/bench artifact` prints both).
+
 Layout of a coded section of n bytes, little-endian:
     lanes_log2 u8 (0..12), reserved 3 bytes = 0; n is at least two bytes per lane
     present      32 bytes, bit s (least significant first) set when byte value s occurs

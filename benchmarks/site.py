@@ -209,19 +209,28 @@ def depot_child(broker: PrivateBroker, root: str, directory: Path, artifact: tup
     return Child("depot", command, directory / "depot.log")
 
 
-def agent_children(broker: Broker, root: str, directory: Path, keys: Keys, extra: str = "") -> tuple[Child, Child]:
-    """The node's runtime and its agent (in this order), whose files are below `directory`."""
+_LATE = "import sys, agent.acquire as a, agent.main as m; a.is_time_to_unpack = lambda *_: False; sys.exit(m.main())"
+_AGENT = {True: [sys.executable, "-m", "agent.main"], False: [sys.executable, "-c", _LATE]}
+
+
+def agent_children(
+    broker: Broker, root: str, directory: Path, keys: Keys, *, decodes_early: bool = True
+) -> tuple[Child, Child]:
+    """The node's runtime and its agent (in this order), whose files are below `directory`.
+
+    Without `decodes_early` the decoder is started after the last frame, so that a fetch can be measured by itself.
+    """
     directory.mkdir()
     (directory / "store").mkdir()
     sockets = f'public_socket = "{directory}/inference.sock"\nadmin_socket = "{directory}/admin.sock"\n'
     (directory / "runtime.toml").write_text(f'store = "{directory}/store"\nthreads = 1\n{sockets}')
     (directory / "agent.toml").write_text(
         f'node = "{NODE}"\nstore = "{directory}/store"\ntrust = "{keys.policy}"\nroot = "{root}"\n'
-        f"soak_s = 0.0\n{extra}\n"
+        "soak_s = 0.0\n"
         f'[broker]\nhost = "{broker.host}"\nport = {broker.port}\n[runtime]\n{sockets}'
     )
     runtime = [sys.executable, "-m", "runtime.main", "serve", "--settings", str(directory / "runtime.toml")]
-    agent = [sys.executable, "-m", "agent.main", "run", "--settings", str(directory / "agent.toml")]
+    agent = [*_AGENT[decodes_early], "run", "--settings", str(directory / "agent.toml")]
     return (
         Child("runtime", runtime, directory / "runtime.log"),
         Child("agent", agent, directory / "agent.log"),

@@ -155,7 +155,7 @@ def _beside_zipnn(name: str, packed: Packed) -> Row:
         theirs: Samples | None = exact(len(zipnn.ZipNN(bytearray_dtype="bfloat16").compress(raw)))
     except ImportError:
         theirs = None
-    return row(f"{name}: wire", "B", exact(packed.tensor_wire_bytes), at_most(1.0, ratio=True), ("ZipNN", theirs))
+    return row(f"{name}: wire", "B", exact(packed.tensor_wire_bytes), peer=("ZipNN", theirs))
 
 
 def _thin_planes() -> list[Row]:

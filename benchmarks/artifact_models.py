@@ -213,12 +213,18 @@ def sections_of(packed: Packed) -> tuple[Section, ...]:
 
 
 def onnx_external_bytes(built: Built) -> int:
-    """Bytes of the tensors as onnxruntime's external data, where scales are float32."""
+    """Bytes of the external data that onnx writes for the version's graph, where scales are float32.
+
+    What several initializers share (the embedding and the head) is written once, as a careful exporter would.
+    """
     import onnx
 
     model: Any = onnx.load(str(built.directory / "model.onnx"))
     out = built.directory.with_name(f"{built.directory.name}.external")
     out.mkdir()
+    once = {initializer.raw_data: initializer for initializer in model.graph.initializer}
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(once.values())
     onnx.save_model(model, str(out / "model.onnx"), save_as_external_data=True, location="external", size_threshold=0)
     return (out / "external").stat().st_size
 

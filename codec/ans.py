@@ -39,9 +39,9 @@ MAX_LANES_LOG2 = 12
 MAX_STEPS = 1 << 11
 """Steps to decode a section, which bounds its time: about 20 ms on a fast core."""
 
-STEP_BYTES = 4
+STEP_BYTES = 2
 """Coded bytes that are given for a step less: a step of all lanes takes about 12 us, so that these are its worth on a
-link of 2.7 Mbit/s. It decides how many lanes a section has, and whether it is coded like this at all."""
+link of 1.3 Mbit/s. It decides how many lanes a section has, and whether it is coded like this at all."""
 
 _TAIL_BYTES = 2
 

@@ -24,6 +24,7 @@ class Arrivals:
         self._frame_count = manifest.frame_count
         self._ready: list[int] = []
         self._left = len(chunks)
+        self._taken_bytes, self._total_bytes = 0, sum(chunk.end - chunk.start for chunk in chunks)
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
         for number, chunk in enumerate(chunks):
@@ -67,7 +68,14 @@ class Arrivals:
             self._left -= 1
             if not self._left:
                 self._changed.notify_all()
-            return self._chunks[heapq.heappop(self._ready)]
+            chunk = self._chunks[heapq.heappop(self._ready)]
+            self._taken_bytes += chunk.end - chunk.start
+            return chunk
+
+    @property
+    def taken(self) -> tuple[int, int]:
+        """Decoded bytes of the chunks handed out so far, and of all."""
+        return self._taken_bytes, self._total_bytes
 
     def check(self) -> None:
         """Raise what failed."""

@@ -10,7 +10,7 @@ made durable.
 import errno
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,13 @@ from wire.errors import ArtifactError, Code, StoreError
 from wire.index import Index, Section, SectionCodec, parse_index
 from wire.manifest import SECTION_LIMIT_BYTES, Manifest, VersionDocument, streams_of
 
+Progress = Callable[[int, int], None]
+"""Called with (decoded bytes so far, decoded bytes in all), from the caller's thread."""
+
+
+def _silent(_done: int, _total: int) -> None:
+    """Progress that nobody watches."""
+
 
 def decode_pack(  # noqa: PLR0913  # what most callers leave out has its name
     manifest: Manifest,
@@ -39,6 +46,7 @@ def decode_pack(  # noqa: PLR0913  # what most callers leave out has its name
     base: Path | None = None,
     threads: int = 2,
     arriving: Iterable[Iterable[int]] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write the version that `pack` encodes into the existing empty directory `into`; `base` for a delta.
 
@@ -61,7 +69,9 @@ def decode_pack(  # noqa: PLR0913  # what most callers leave out has its name
             starts[chunk.stream.file].append(chunk.offset)
         targets = [Target(into, *pair) for pair in zip(entries, starts, strict=True)]
         decoder = _Decoder(source, targets, bases)
-        _decode_all(decoder, Arrivals(manifest, chunks), arriving or [range(manifest.frame_count)], threads)
+        arrivals = Arrivals(manifest, chunks)
+        report = progress or _silent
+        _decode_all(decoder, arrivals, arriving or [range(manifest.frame_count)], threads, report)
         for number, target in enumerate(targets):
             try:
                 target.verify()
@@ -71,7 +81,9 @@ def decode_pack(  # noqa: PLR0913  # what most callers leave out has its name
         (into / VERSION_FILE).write_bytes(encode_document(manifest.version))
 
 
-def _decode_all(decoder: "_Decoder", arrivals: Arrivals, arriving: Iterable[Iterable[int]], threads: int) -> None:
+def _decode_all(
+    decoder: "_Decoder", arrivals: Arrivals, arriving: Iterable[Iterable[int]], threads: int, progress: Progress
+) -> None:
     """Decode all chunks in `threads` threads, this one among them; the first failure stops all and is raised."""
 
     def feed() -> None:
@@ -82,19 +94,20 @@ def _decode_all(decoder: "_Decoder", arrivals: Arrivals, arriving: Iterable[Iter
         except BaseException as error:  # noqa: BLE001  # raised again by the caller's thread
             arrivals.fail(error)
 
-    def drain() -> None:
+    def drain(report: Progress) -> None:
         try:
             while (chunk := arrivals.take()) is not None:
                 decoder.decode(chunk)
+                report(*arrivals.taken)
         except BaseException as error:  # noqa: BLE001  # raised again by the caller's thread
             arrivals.fail(error)
 
     # A daemon: after a failure it may wait for frames for ever, and nobody listens any more.
     threading.Thread(target=feed, name="decode-feed", daemon=True).start()
-    others = [threading.Thread(target=drain, name=f"decode-{number}") for number in range(1, threads)]
+    others = [threading.Thread(target=drain, args=(_silent,), name=f"decode-{number}") for number in range(1, threads)]
     for thread in others:
         thread.start()
-    drain()
+    drain(progress)
     for thread in others:
         thread.join()
     arrivals.check()

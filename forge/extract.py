@@ -6,6 +6,7 @@ the next extraction to that place removes when a crash left it.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from codec.decoder import decode_pack
@@ -42,9 +43,9 @@ def extract_artifact(
         raise ConfigError(f"{into} exists and is never overwritten; choose a new directory")
     with open_pack(artifact.manifest, artifact.pack) as pack, _appearing(into) as place:
         check_frames(pack, lambda done, total: progress("frames", done, total))
-        progress("decode", 0, 0)
         if not files:
-            decode_pack(artifact.manifest, artifact.pack, place, base=base)
+            report = partial(progress, "decode")
+            decode_pack(artifact.manifest, artifact.pack, place, base=base, progress=report)
             return (*known, VERSION_FILE)
         _decode_files(pack, frozenset(files), place, base)
         return tuple(name for name in known if name in files)

@@ -4,6 +4,7 @@ Nothing is left behind: versions are decoded to a temporary directory.
 """
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,6 @@ def _check_artifact(artifact: Artifact, base: Path | None, progress: Progress) -
             done += decoded.section.raw_size
             progress("sections", done, total)
         sections = len(pack.index.sections)
-    progress("files", 0, 0)
     with tempfile.TemporaryDirectory(prefix="amperage-verify-") as scratch:
-        decode_pack(manifest, artifact.pack, Path(scratch), base=base)
+        decode_pack(manifest, artifact.pack, Path(scratch), base=base, progress=partial(progress, "files"))
     return {"frames": frames, "sections": sections, "files": len(manifest.version.files)}

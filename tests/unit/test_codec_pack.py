@@ -16,7 +16,7 @@ from tests.fixtures.codec.versions import make_manifest, make_version, same_file
 from wire.documents import encode_document
 from wire.errors import ArtifactError, Code, StoreError
 from wire.index import index_size, parse_index
-from wire.manifest import TensorColumns, VersionDocument
+from wire.manifest import TensorColumns, VersionDocument, streams_of
 
 
 @contextmanager
@@ -114,6 +114,18 @@ def test_frames_that_arrive_in_any_order_decode_meanwhile(tmp_path: Path) -> Non
     (tmp_path / "staged").write_bytes(pack[: encoded.index_size_bytes].ljust(len(pack), b"\0"))
     decode_pack(manifest, tmp_path / "staged", tmp_path / "out", arriving=arriving())
     assert same_files(tmp_path / "v", tmp_path / "out")
+
+
+def test_progress_of_decoding_ends_with_all_bytes(tmp_path: Path) -> None:
+    version = make_version(tmp_path / "v")
+    encoded = encode_pack(version, tmp_path / "v", tmp_path / "p")
+    seen: list[tuple[int, int]] = []
+    (tmp_path / "out").mkdir()
+    report = lambda done, total: seen.append((done, total))  # noqa: E731
+    decode_pack(make_manifest(version, encoded), tmp_path / "p", tmp_path / "out", threads=1, progress=report)
+    streams = streams_of(version)
+    assert seen[-1] == (sum(stream.size_bytes for stream in streams),) * 2
+    assert seen == sorted(seen)
 
 
 def test_fetch_that_ends_early_ends_the_decoding(tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ class Watch:
 
     def __init__(self, broker: Broker, topics: Topics, agent: Agent, proxy: Toxics) -> None:
         self._proxy = proxy
+        self.held_s = 0.0
+        """For how long a silence may hold a want back, so that it is heard long after it was said."""
         self.asked_again: set[int] = set()
         self.lost: set[int] = set()
         self.wants = 0
@@ -99,7 +101,7 @@ class Watch:
             return
         self.wants += 1
         weather = self._proxy.weather
-        said_s = time.monotonic() - SETTLED_S - weather.latency_s - weather.jitter_s
+        said_s = time.monotonic() - SETTLED_S - self.held_s - weather.latency_s - weather.jitter_s
         settled = [known for at_s, known in self._known if at_s < said_s]
         self.asked_again |= set(settled[-1]) & set(want.missing_frames()) if settled else set()
 
@@ -224,6 +226,7 @@ def fine_day(scene: Scene) -> Iterator[None]:
     yield
     scene.proxy.weather = Weather()
     scene.proxy.release()
+    scene.watch.held_s = 0.0
 
 
 def test_slow_link_costs_time_only(scene: Scene) -> None:
@@ -263,6 +266,7 @@ def test_one_of_two_depots_killed(scene: Scene) -> None:
 @pytest.mark.parametrize("pause_s", [3.0, 7.0, 20.0])
 @pytest.mark.parametrize("silence", ["hold", "swallow", "broker"])
 def test_silence_of_any_length(scene: Scene, silence: str, pause_s: float) -> None:
+    scene.watch.held_s = pause_s
     made, identity = scene.break_when_under_way(lambda: scene.silence(silence))
     time.sleep(pause_s)
     scene.speak(silence)
@@ -292,6 +296,7 @@ def test_everything_at_once(scene: Scene, seed: int) -> None:
         proxy.half_open, proxy.reset, proxy.hold, proxy.swallow, scene.restart_broker, scene.restart_control_plane,
     ]  # fmt: skip
     scene.proxy.weather = Weather(draw.uniform(0, 0.3), draw.uniform(0, 0.5), 800_000, draw.choice([0, 900]))
+    scene.watch.held_s = 6.0
     made = scene.make(10_000_000)
     identity = scene.roll_out(made)
     for _ in range(4):

@@ -70,6 +70,11 @@ class Answer:
     async def __aexit__(self, *_exception: object) -> None:
         self._let_go()
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were not read anew; known once the first piece came."""
+        return self._generation.cached if self._generation is not None else 0
+
     def abandon(self) -> None:
         """The client is gone: `pieces` ends and the engine stops working for it."""
         self._abandoned = True

@@ -250,8 +250,12 @@ def _identity(kind: str, prefix: str, version: Loaded) -> dict[str, Any]:
 
 def _usage(answer: Answer) -> dict[str, Any]:
     prompt, completion = answer.prompt_tokens, answer.completion_tokens
-    total = prompt + completion
-    return {"usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}}
+    return {
+        "usage": {
+            "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
+        }
+    }  # fmt: skip
 
 
 def _event(content: dict[str, Any]) -> bytes:

@@ -3,7 +3,9 @@
 A step decodes one token of every running answer, then reads one chunk of one waiting prompt; requests join and leave
 between any two steps. Invariants: running answers hold slots 0..k-1; the prompt being read holds one slot at or above
 k, so an answer that leaves is replaced by the last one without touching it; the thread blocks when it has nothing to
-do. An exception of a step fails the requests that were in it and nothing else.
+do. An exception of a step fails the requests that were in it and nothing else. Whole blocks of what was read or
+generated are kept at once, so that the next request that begins alike copies them, whether or not their donor still
+runs.
 """
 
 import threading
@@ -16,6 +18,7 @@ from enum import StrEnum
 import structlog
 
 from runtime.model import PREFILL_TOKENS, Float, Model
+from runtime.prefix import BLOCK_TOKENS, Block, PrefixCache
 from runtime.sampling import Sampler, Sampling
 from runtime.stats import Stats
 from wire.errors import Code, InferenceError
@@ -61,13 +64,19 @@ class Generation:
     slot: int = -1
     length: int = 0
     """Tokens of it in the KV cache."""
-    last: int = 0
-    produced: int = 0
+    cached: int = 0
+    """Tokens of the prompt that were copied instead of read."""
+    tokens: list[int] = field(init=False)
+    """Prompt and answer."""
+    kept: Block | None = None
+    """Its last block in the prefix cache, and how many tokens that makes."""
+    kept_tokens: int = 0
     accepted_s: float = 0.0
     first_token_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.sampler = Sampler(self.sampling)
+        self.tokens = list(self.prompt)
 
 
 Deliveries = list[tuple[Generation, Event]]
@@ -87,6 +96,7 @@ class Engine:
         deliver: Callable[[Deliveries], None] = deliver_directly,
     ) -> None:  # fmt: skip
         self._model, self.stats, self._deliver = model, stats, deliver
+        self._prefixes = PrefixCache(model.shape.kept_blocks)
         self._vocab_size = model.config.vocab_size
         self._open_limit = model.shape.slots + max_queue
         self._changed = threading.Condition()
@@ -176,13 +186,14 @@ class Engine:
             return
         began_s = time.perf_counter()
         try:
-            logits = self._model.decode([g.last for g in running], [g.length for g in running])
+            logits = self._model.decode([g.tokens[-1] for g in running], [g.length for g in running])
         except Exception as error:  # noqa: BLE001  onnxruntime raises a dozen unrelated types; the thread must go on
             self._fail(list(running), error)
             return
         deliveries: Deliveries = []
         for row, generation in enumerate(running):
             generation.length += 1
+            self._keep(generation)
             self._sample(generation, logits[row], deliveries)
         self.stats.decoded(len(running), time.perf_counter() - began_s)
         self._finish(deliveries)
@@ -200,6 +211,7 @@ class Engine:
             self._fail([generation], error)
             return
         generation.length += len(chunk)
+        self._keep(generation)
         whole = generation.length == len(generation.prompt)
         deliveries: Deliveries = []
         if whole:
@@ -218,7 +230,28 @@ class Engine:
                 return None
             self._reading = self._waiting.popleft()
         self._reading.slot = len(self._running)
+        self._recall(self._reading)
         return self._reading
+
+    def _recall(self, generation: Generation) -> None:
+        """Copy what is kept of its prompt but the last token, whose logits are wanted."""
+        blocks = self._prefixes.match(generation.prompt[:-1])
+        if blocks:
+            self._model.recall([block.row for block in blocks], generation.slot)
+            generation.kept = blocks[-1]
+            generation.length = generation.kept_tokens = generation.cached = len(blocks) * BLOCK_TOKENS
+
+    def _keep(self, generation: Generation) -> None:
+        """Keep the blocks that became whole; none while every row is in use by others."""
+        while generation.kept_tokens + BLOCK_TOKENS <= generation.length:
+            start = generation.kept_tokens
+            found = self._prefixes.extend(generation.kept, generation.tokens[start : start + BLOCK_TOKENS])
+            if found is None:
+                return
+            generation.kept, fresh = found
+            generation.kept_tokens += BLOCK_TOKENS
+            if fresh:
+                self._model.keep(generation.kept.row, generation.slot, start)
 
     def _join(self, generation: Generation) -> None:
         """From reading to running, in the first slot that is free by now."""
@@ -235,13 +268,12 @@ class Engine:
         except InferenceError as error:
             deliveries.append((generation, End(Reason.FAILED, error)))
             return
-        generation.last = token
-        generation.produced += 1
+        generation.tokens.append(token)
         if token in generation.ends:
             deliveries.append((generation, End(Reason.STOP)))
             return
         deliveries.append((generation, token))
-        if generation.produced >= generation.max_tokens:
+        if len(generation.tokens) - len(generation.prompt) >= generation.max_tokens:
             deliveries.append((generation, End(Reason.LENGTH)))
 
     def _finish(self, deliveries: Deliveries) -> None:
@@ -268,6 +300,7 @@ class Engine:
                 self._model.move(last.slot, generation.slot, last.length)
                 last.slot = generation.slot
                 self._running[generation.slot] = last
+        self._prefixes.release(generation.kept)
         with self._changed:
             self._open -= 1
         if end.reason is Reason.FAILED:

@@ -1,11 +1,13 @@
-"""One loaded decoder: its onnxruntime session, the slab of KV cache, and the two shapes in which it runs.
+"""One loaded decoder: its onnxruntime session, its memory for keys and values, and the two shapes in which it runs.
 
 The graph contract is docs/design.md section 6. Invariants: past and present of a layer are the same memory, so a step
 writes one row per request and copies nothing; only the engine's thread calls `decode`, `prefill` and `move`; the slots
 in use by a batch of k are 0..k-1, because a slice of the slab from its start is contiguous and is bound without a copy.
+Blocks kept for other requests (runtime/prefix.py) are beside the slab and are copied to and from its slots.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from runtime.prefix import BLOCK_TOKENS
 from runtime.version import GRAPH_FILE
 from wire.errors import Code, DeployError
 from wire.manifest import DecoderConfig
@@ -38,10 +41,13 @@ class Shape:
 
     slots: int
     capacity: int
+    kept_blocks: int = 0
+    """Blocks of BLOCK_TOKENS tokens kept beside the slots."""
 
-    def size_bytes(self, config: DecoderConfig) -> int:
-        """Bytes of the whole slab; the kernel commits a page when its tokens are written."""
-        return 8 * config.layers * self.slots * config.kv_heads * self.capacity * config.head_size
+
+def token_bytes(config: DecoderConfig) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    return 2 * config.layers * config.kv_heads * config.head_size * np.dtype(np.float32).itemsize
 
 
 @dataclass(slots=True)
@@ -62,14 +68,14 @@ class Model:
     def __init__(self, directory: Path, config: DecoderConfig, shape: Shape, options: ExecutionOptions) -> None:
         self.config, self.shape = config, shape
         self._session = _session(directory / GRAPH_FILE, options)
-        slab = (shape.slots, config.kv_heads, shape.capacity, config.head_size)
-        names = [f"{layer}.{part}" for layer in range(config.layers) for part in ("key", "value")]
-        try:
-            self._slabs = {name: np.zeros(slab, np.float32) for name in names}
+        heads, parts = config.kv_heads, 2 * config.layers
+        try:  # the kernel commits a page when it is written first
+            self._slab = np.zeros((parts, shape.slots, heads, shape.capacity, config.head_size), np.float32)
+            self._kept = np.zeros((shape.kept_blocks, parts, heads, BLOCK_TOKENS, config.head_size), np.float32)
         except MemoryError as error:
             raise DeployError(
-                Code.LOAD_FAILED, f"no memory for {shape.slots} slots of {shape.capacity} tokens; lower max_slots or "
-                "context_tokens",
+                Code.LOAD_FAILED, f"no memory for {shape.slots} slots of {shape.capacity} tokens; lower max_slots, "
+                "context_tokens or prefix_cache_bytes",
             ) from error  # fmt: skip
         self._decoders: dict[int, _Bound] = {}
         self._prefillers: dict[int, _Bound] = {}
@@ -111,8 +117,17 @@ class Model:
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the `length` tokens that slot `source` holds to slot `target`."""
-        for slab in self._slabs.values():
-            slab[target, :, :length] = slab[source, :, :length]
+        self._slab[:, target, :, :length] = self._slab[:, source, :, :length]
+
+    def keep(self, row: int, slot: int, start: int) -> None:
+        """Copy the block of `slot` that begins at token `start` to kept row `row`."""
+        self._kept[row] = self._slab[:, slot, :, start : start + BLOCK_TOKENS]
+
+    def recall(self, rows: Sequence[int], slot: int) -> None:
+        """Copy kept rows to the beginning of `slot`, one after the other."""
+        for number, row in enumerate(rows):
+            start = number * BLOCK_TOKENS
+            self._slab[:, slot, :, start : start + BLOCK_TOKENS] = self._kept[row]
 
     def warm_up(self) -> None:
         """Run both shapes once: the first request pays for no allocation, and a graph that loads but does not keep
@@ -133,11 +148,11 @@ class Model:
         """Give session and slab back now, whoever still holds this object; it cannot run any more."""
         self._decoders.clear()
         self._prefillers.clear()
-        self._slabs.clear()
+        self._slab = self._kept = np.zeros((0, 0, 0, 0, 0), np.float32)
         self._session = None
 
     def _bind(self, slot: int, k: int, logit_rows: Int) -> _Bound:
-        """Bind rows slot..slot+k-1 of the slabs for steps of one token per row."""
+        """Bind slots slot..slot+k-1 for steps of one token each."""
         bound = _Bound(
             self._session.io_binding(), np.zeros((k, 1), np.int64), np.zeros(k, np.int32), np.zeros((), np.int32),
             np.zeros((k, self.config.vocab_size), np.float32),
@@ -151,7 +166,8 @@ class Model:
             bound.binding.bind_ortvalue_input(name, bound.values[-1])
         bound.values.append(_value(bound.logits))
         bound.binding.bind_ortvalue_output("logits", bound.values[-1])
-        for name, slab in self._slabs.items():
+        for part, slab in enumerate(self._slab):
+            name = f"{part // 2}.{('key', 'value')[part % 2]}"
             bound.values.append(_value(slab[slot : slot + k]))
             bound.binding.bind_ortvalue_input(f"past_key_values.{name}", bound.values[-1])
             bound.binding.bind_ortvalue_output(f"present.{name}", bound.values[-1])

@@ -18,7 +18,8 @@ from host.files import read_bounded
 from runtime.cpu import allowed_threads, detect_cpu
 from runtime.engine import Deliveries, Engine
 from runtime.memory import trim_heap
-from runtime.model import ONNXRUNTIME, Model, Shape
+from runtime.model import ONNXRUNTIME, Model, Shape, token_bytes
+from runtime.prefix import BLOCK_TOKENS
 from runtime.settings import RuntimeSettings
 from runtime.stats import Stats
 from runtime.text import Text
@@ -223,7 +224,8 @@ def load_version(
     """
     directory = settings.store / "versions" / entry.decoded
     document, _ = open_version(directory, entry.decoded)
-    shape = Shape(settings.max_slots, min(settings.context_tokens, document.config.context_tokens))
+    kept_blocks = settings.prefix_cache_bytes // (BLOCK_TOKENS * token_bytes(document.config))
+    shape = Shape(settings.max_slots, min(settings.context_tokens, document.config.context_tokens), kept_blocks)
     cpu = str(detect_cpu())
     if (entry.cpu, entry.onnxruntime) != (cpu, ONNXRUNTIME):
         _log.warning("options were chosen elsewhere; probe again", model=entry.model, chosen_for=entry.cpu, cpu=cpu,

@@ -23,6 +23,8 @@ class RuntimeSettings(Settings):
     """Requests of one model that may wait for a slot; more are refused with 429."""
     context_tokens: Annotated[int, Field(ge=16, le=1 << 20)] = 4096
     """Upper bound of prompt and answer together; a model with a shorter context keeps its own."""
+    prefix_cache_bytes: Annotated[int, Field(ge=0)] = 128 << 20
+    """Memory per model for what prompts began with, for the next that begins alike; 0 turns it off."""
     request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0
     """From the last byte of a request to the last byte of its answer."""
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 20.0

@@ -76,6 +76,16 @@ def test_stream_gives_role_first_reason_last_and_the_same_text(node: Node) -> No
     assert {c.system_fingerprint for c in chunks} == {base_version().fingerprint}
 
 
+def test_usage_says_how_much_of_the_prompt_was_not_read_again(node: Node) -> None:
+    prompt = [token + 3 for token in range(50)]
+    with node.client() as client:
+        seen = [client.completions.create(model=MODEL, prompt=prompt, max_tokens=2, temperature=0) for _ in range(2)]
+    details = [reply.usage.prompt_tokens_details for reply in seen if reply.usage is not None]
+    assert [detail.cached_tokens for detail in details if detail is not None] == [0, 48]
+    assert seen[0].usage is not None
+    assert seen[0].usage.prompt_tokens == 50
+
+
 def test_stream_on_the_wire_has_usage_before_done(node: Node) -> None:
     body = {"model": MODEL, "messages": SAY, "max_tokens": 5, "stream": True, "stream_options": {"include_usage": True}}
     reply = ask(node.public, "POST", CHAT, body)

@@ -23,16 +23,20 @@ TOLERANCE = 0.05
 
 
 @cache
-def load(slots: int) -> Model:
+def load(slots: int, kept_blocks: int = 0) -> Model:
     version = base_version()
-    return Model(version.directory, version.document.config, Shape(slots, 256), ExecutionOptions(threads=1))
+    shape = Shape(slots, 256, kept_blocks)
+    return Model(version.directory, version.document.config, shape, ExecutionOptions(threads=1))
 
 
 class Plan:
-    """A request that ends by itself after `count` tokens, or is cancelled by its own sink after `cancel_at`."""
+    """A request that ends by itself after `count` tokens, or is cancelled by its own sink after `cancel_at`; its prompt
+    is everybody's for the first `shared` tokens."""
 
-    def __init__(self, engine: Engine, seed: int, size: int, count: int, cancel_at: int | None) -> None:
-        self.prompt = [(seed * 131 + i * 17) % 4000 + 3 for i in range(size)]
+    def __init__(
+        self, engine: Engine, seed: int, size: int, count: int, cancel_at: int | None, shared: int
+    ) -> None:  # fmt: skip
+        self.prompt = [((i >= shared) * (seed + 1) * 131 + i * 17) % 4000 + 3 for i in range(size)]
         self.count, self.cancel_at = count, cancel_at
         self.tokens: list[int] = []
         self.end: End | None = None
@@ -63,14 +67,16 @@ def check(plan: Plan) -> None:
 @settings(max_examples=12, deadline=None)
 @given(
     st.integers(1, 4),
+    st.sampled_from([0, 2, 9, 200]),
     st.lists(
-        st.tuples(st.integers(1, 150), st.integers(1, 25), st.none() | st.integers(1, 25)), min_size=1, max_size=9
+        st.tuples(st.integers(1, 150), st.integers(1, 25), st.none() | st.integers(1, 25), st.integers(0, 150)),
+        min_size=1, max_size=9,
     ),
-)
+)  # fmt: skip
 def test_any_mixture_of_requests_gets_what_each_gets_alone(
-    slots: int, shapes: list[tuple[int, int, int | None]]
+    slots: int, kept_blocks: int, shapes: list[tuple[int, int, int | None, int]]
 ) -> None:
-    engine = Engine("property", load(slots), Stats(), max_queue=10)
+    engine = Engine("property", load(slots, kept_blocks), Stats(), max_queue=10)
     engine._model.close = lambda: None  # type: ignore[method-assign]  # the model is used by the next example too
     plans = [Plan(engine, i, *shape) for i, shape in enumerate(shapes)]
     for plan in plans:

@@ -15,6 +15,7 @@ from runtime_fixtures import base_version, wait_for
 
 from runtime.engine import End, Engine, Event, Generation, Reason
 from runtime.model import PREFILL_TOKENS, Model, Shape
+from runtime.prefix import BLOCK_TOKENS
 from runtime.sampling import Sampling
 from runtime.stats import Stats
 from runtime.text import Text
@@ -25,12 +26,13 @@ GREEDY = Sampling(temperature=0.0)
 TOLERANCE = 0.05
 """How far, in standard deviations of the row, a token's logit may be below the best of the unbatched step: kernels for
 other batch sizes round differently. Measured differences are below 0.01."""
-SLOTS, CAPACITY, QUEUE = 3, 512, 4
+SLOTS, CAPACITY, QUEUE, KEPT = 3, 512, 4, 64
 
 
-def load(slots: int = SLOTS, capacity: int = CAPACITY) -> Model:
+def load(slots: int = SLOTS, capacity: int = CAPACITY, kept_blocks: int = KEPT) -> Model:
     version = base_version()
-    return Model(version.directory, version.document.config, Shape(slots, capacity), ExecutionOptions(threads=1))
+    shape = Shape(slots, capacity, kept_blocks)
+    return Model(version.directory, version.document.config, shape, ExecutionOptions(threads=1))
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,67 @@ def test_request_that_joins_later_leaves_the_running_one_as_it_was(
     assert running.wait().reason is Reason.LENGTH
     check_greedy(reference, first, running.tokens)
     check_greedy(reference, second, joined.tokens)
+
+
+def test_prompt_that_begins_like_one_that_runs_is_copied_and_answers_alike(
+    engine: Engine, reference: Model, text: Text
+) -> None:
+    donor, long = prompts(text)[3], prompts(text)[3]
+    alike = [*long[: PREFILL_TOKENS + 20], *long[5:25]]
+    running = ask(engine, donor, 200)
+    assert running.some.wait(20)
+    again, parted = ask(engine, donor, 10), ask(engine, alike, 10)
+    assert again.wait().reason is parted.wait().reason is Reason.LENGTH
+    assert running.end is None, "the donor was meant to be still running"
+    assert running.generation.cached == 0
+    assert again.generation.cached == (len(donor) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    assert parted.generation.cached == (PREFILL_TOKENS + 20) // BLOCK_TOKENS * BLOCK_TOKENS
+    check_greedy(reference, donor, again.tokens)
+    check_greedy(reference, alike, parted.tokens)
+    assert running.wait().reason is Reason.LENGTH
+    check_greedy(reference, donor, running.tokens)
+
+
+def test_conversation_that_goes_on_is_not_read_again(engine: Engine, reference: Model, text: Text) -> None:
+    prompt = prompts(text)[1]
+    first = ask(engine, prompt, 60)
+    first.wait()
+    going_on = [*prompt, *first.tokens, *prompt]
+    second = ask(engine, going_on, 10)
+    second.wait()
+    assert second.generation.cached == (len(prompt) + 60 - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    check_greedy(reference, going_on, second.tokens)
+
+
+def test_prompt_of_whole_blocks_still_reads_its_last_token(engine: Engine, reference: Model, text: Text) -> None:
+    prompt = prompts(text)[2]
+    assert len(prompt) % BLOCK_TOKENS == 0
+    for _ in range(2):
+        one = ask(engine, prompt, 5)
+        assert one.wait().reason is Reason.LENGTH
+        check_greedy(reference, prompt, one.tokens)
+    assert one.generation.cached == len(prompt) - BLOCK_TOKENS
+
+
+def test_prefixes_of_answers_that_ended_make_room(text: Text) -> None:
+    engine = Engine("small", load(kept_blocks=2), Stats(), max_queue=QUEUE)
+    for number, prompt in enumerate((prompts(text)[2], [7, *prompts(text)[2]])):
+        for again in range(2):
+            one = ask(engine, prompt, 1)
+            one.wait()
+            assert one.generation.cached == again * 2 * BLOCK_TOKENS, f"prompt {number}"
+    engine.close()
+
+
+def test_without_memory_for_prefixes_everything_is_read(reference: Model, text: Text) -> None:
+    engine = Engine("bare", load(kept_blocks=0), Stats(), max_queue=QUEUE)
+    prompt = prompts(text)[2]
+    for _ in range(2):
+        one = ask(engine, prompt, 3)
+        one.wait()
+        assert one.generation.cached == 0
+        check_greedy(reference, prompt, one.tokens)
+    engine.close()
 
 
 def test_end_token_ends_the_answer_and_is_no_part_of_it(engine: Engine, text: Text) -> None:

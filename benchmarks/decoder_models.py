@@ -1,0 +1,98 @@
+"""The decoders that `scripts/bench decode` and `serve` run: random weights of SmolLM2-135M's shape, and the sample LM.
+
+Each is a checkpoint and the version that the forge builds of it, kept below .venv/opt/decoders, so that ours and the
+peers run the same weights. A crash leaves a temporary name beside it, which the next run replaces.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from safetensors.numpy import save_file
+
+from codec.versions import VERSION_FILE, read_version
+from forge.build import build_version
+from wire.digest import digest_of
+from wire.manifest import VersionDocument
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "samples" / "tales-5m-base"
+HOME = ROOT / ".venv" / "opt" / "decoders"
+
+SMOLLM: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 576,
+    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+    "intermediate_size": 1536, "vocab_size": 49152, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+"""The numbers of SmolLM2-135M's config.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A checkpoint, and the version built of it."""
+
+    name: str
+    checkpoint: Path
+    directory: Path
+    version: VersionDocument
+
+
+def smollm() -> Decoder:
+    """Random weights of SmolLM2-135M's shape, with the sample's tokenizer (4096 of the 49152 tokens have a text)."""
+    checkpoint = HOME / "smollm-135m-random"
+    if not checkpoint.is_dir():
+        temporary = checkpoint.with_name(f".{checkpoint.name}.writing")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        Console(stderr=True).print("making random weights of SmolLM2-135M's shape")
+        save_file(dict(random_tensors()), temporary / "model.safetensors")
+        (temporary / "config.json").write_text(json.dumps(SMOLLM))
+        shutil.copyfile(SAMPLE / "tokenizer.json", temporary / "tokenizer.json")
+        temporary.rename(checkpoint)
+    return _built("smollm-135m", checkpoint)
+
+
+def sample() -> Decoder:
+    """The sample LM."""
+    return _built("tales-5m", SAMPLE)
+
+
+def random_tensors() -> Iterator[tuple[str, NDArray[np.float16]]]:
+    """Tensors by their names in a checkpoint, normal with the spread that such models start from."""
+    hidden, mlp = SMOLLM["hidden_size"], SMOLLM["intermediate_size"]
+    key_value = SMOLLM["num_key_value_heads"] * SMOLLM["head_dim"]
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (key_value, hidden),
+        "self_attn.v_proj": (key_value, hidden), "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (mlp, hidden),
+        "mlp.up_proj": (mlp, hidden), "mlp.down_proj": (hidden, mlp),
+    }  # fmt: skip
+    chance = np.random.default_rng(135)
+
+    def matrix(rows: int, columns: int) -> NDArray[np.float16]:
+        return (chance.standard_normal((rows, columns), np.float32) * np.float32(0.02)).astype(np.float16)
+
+    yield "model.embed_tokens.weight", matrix(SMOLLM["vocab_size"], hidden)
+    for layer in range(SMOLLM["num_hidden_layers"]):
+        for name, shape in shapes.items():
+            yield f"model.layers.{layer}.{name}.weight", matrix(*shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"model.layers.{layer}.{name}.weight", np.ones(hidden, np.float16)
+    yield "model.norm.weight", np.ones(hidden, np.float16)
+
+
+def _built(name: str, checkpoint: Path) -> Decoder:
+    """Built again whenever the forge makes another graph."""
+    sources = sorted((ROOT / "forge").glob("*.py"))
+    directory = HOME / f"{name}-{digest_of(b''.join(path.read_bytes() for path in sources))[:12]}"
+    if not (directory / VERSION_FILE).is_file():
+        HOME.mkdir(parents=True, exist_ok=True)
+        Console(stderr=True).print(f"building {name}")
+        build_version(checkpoint, directory, (name, "1"))
+    return Decoder(name, checkpoint, directory, read_version(directory))

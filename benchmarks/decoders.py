@@ -1,0 +1,205 @@
+"""Decoders as child processes that take orders: ours and the peers, each alone with its thread pool.
+
+A child reads lines of JSON from its standard input and answers each with one: {"prefill": n} reads n tokens into an
+empty cache and gives the seconds to the first token; {"decode": n} generates n more, greedily, and gives the seconds.
+A child that waits for orders uses no CPU, so that nobody's threads spin into another's time.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from benchmarks.decoder_models import ROOT, Decoder, sample, smollm
+from benchmarks.harness import PeerAbsent
+
+PEERS = ROOT / ".venv" / "opt" / "peers"
+LLAMA = ROOT / ".venv" / "opt" / "llama"
+"""llama-cpp-python's source distribution and the libraries built of it for this CPU, both by scripts/bench."""
+CONTEXT_TOKENS = 2048
+MODELS: dict[str, Callable[[], Decoder]] = {"smollm-135m": smollm, "tales-5m": sample}
+
+
+class Subject(Protocol):
+    """What a child runs."""
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """Forget everything, read `tokens`, find the first token of the answer."""
+
+    def decode(self, count: int) -> None:
+        """Generate `count` tokens more."""
+
+
+class Child:
+    """One decoder in a process of its own. Raises PeerAbsent when it does not come up."""
+
+    def __init__(self, kind: str, model: str, threads: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.decoders", kind, model, str(threads)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(PEERS), str(LLAMA / "src")))}
+        environment |= {"LLAMA_CPP_LIB_PATH": str(LLAMA / "build" / "bin"), "OMP_NUM_THREADS": str(threads)}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        self.tell = self._answer()
+
+    def seconds(self, **order: int) -> float:
+        """The seconds of one order."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return float(self._answer()["seconds"])
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            _, errors = self._process.communicate()
+            raise PeerAbsent((errors.strip().splitlines() or ["it ended without a word"])[-1][:300])
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+class Ours:
+    """The runtime's model with the options that its probe would choose, without HTTP."""
+
+    def __init__(self, decoder: Decoder, threads: int) -> None:
+        from runtime.model import Model, Shape
+        from wire.serving import ExecutionOptions
+
+        shape = Shape(1, min(CONTEXT_TOKENS, decoder.version.config.context_tokens))
+        self._last = self._length = 0
+
+        def loaded(spinning: bool) -> tuple[float, Model]:
+            options = ExecutionOptions(threads=threads, spinning=spinning)
+            self._model = Model(decoder.directory, decoder.version.config, shape, options)
+            self.prefill([5] * 32)
+            self.decode(8)
+            began_s = time.perf_counter()
+            self.decode(24)
+            return time.perf_counter() - began_s, self._model
+
+        (calm_s, calm), (spinning_s, spinning) = loaded(False), loaded(True)
+        self._model, loser = (calm, spinning) if calm_s < spinning_s else (spinning, calm)
+        loser.close()
+        self.tell = "spinning" if self._model is spinning else "not spinning"
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """As the engine does it."""
+        from runtime.model import PREFILL_TOKENS
+
+        for start in range(0, len(tokens), PREFILL_TOKENS):
+            logits = self._model.prefill(0, list(tokens[start : start + PREFILL_TOKENS]), start)
+        self._last, self._length = int(logits.argmax()), len(tokens)
+
+    def decode(self, count: int) -> None:
+        """As the engine does it."""
+        for _ in range(count):
+            self._last = int(self._model.decode([self._last], [self._length])[0].argmax())
+            self._length += 1
+
+
+class Llama:
+    """llama-cpp-python's low-level interface: llama_decode and numpy's argmax, the leanest loop that it allows."""
+
+    def __init__(self, decoder: Decoder, threads: int) -> None:
+        import ctypes
+
+        import llama_cpp  # type: ignore[import-not-found]
+
+        from benchmarks.gguf_writer import gguf_of
+
+        self._ctypes, self._api = ctypes, llama_cpp
+        self._silence = llama_cpp.llama_log_callback(lambda *_: None)
+        llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        model = llama_cpp.llama_model_load_from_file(
+            str(gguf_of(decoder)).encode(), llama_cpp.llama_model_default_params()
+        )
+        if not model:
+            raise PeerAbsent("llama.cpp does not load the GGUF")
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = min(CONTEXT_TOKENS, decoder.version.config.context_tokens)
+        settings.n_threads = settings.n_threads_batch = threads
+        self._context = llama_cpp.llama_init_from_model(model, settings)
+        self._vocab_size = decoder.version.config.vocab_size
+        self.tell = llama_cpp.llama_print_system_info().decode()
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """One call."""
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), False)
+        self._last = self._step(tokens)
+
+    def decode(self, count: int) -> None:
+        """One call per token."""
+        for _ in range(count):
+            self._last = self._step([self._last])
+
+    def _step(self, tokens: Sequence[int]) -> int:
+        import numpy as np
+
+        array = (self._api.llama_token * len(tokens))(*tokens)
+        if self._api.llama_decode(self._context, self._api.llama_batch_get_one(array, len(tokens))):
+            raise RuntimeError("llama_decode failed")
+        logits = np.ctypeslib.as_array(self._api.llama_get_logits_ith(self._context, -1), (self._vocab_size,))
+        return int(logits.argmax())
+
+
+class Genai:
+    """onnxruntime-genai's generator, greedy, over the same int4 weights in the graph that its builder makes."""
+
+    def __init__(self, decoder: Decoder, threads: int) -> None:
+        import onnxruntime_genai  # type: ignore[import-not-found]
+
+        from benchmarks.genai_model import genai_of
+
+        self._api = onnxruntime_genai
+        self._capacity = min(CONTEXT_TOKENS, decoder.version.config.context_tokens)
+        self._model = onnxruntime_genai.Model(str(genai_of(decoder, threads)))
+        self._generator: Any = None
+        self.tell = onnxruntime_genai.__version__
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """A new generator, its prompt and its first token."""
+        import numpy as np
+
+        settings = self._api.GeneratorParams(self._model)
+        settings.set_search_options(max_length=self._capacity, do_sample=False)
+        self._generator = self._api.Generator(self._model, settings)
+        self._generator.append_tokens(np.asarray(tokens, np.int32))
+        self._generator.generate_next_token()
+
+    def decode(self, count: int) -> None:
+        """One call per token."""
+        for _ in range(count):
+            self._generator.generate_next_token()
+
+
+KINDS: dict[str, Callable[[Decoder, int], Any]] = {"ours": Ours, "llama": Llama, "genai": Genai}
+
+
+def serve(kind: str, model: str, threads: int) -> None:
+    """The child's side."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    subject = KINDS[kind](MODELS[model](), threads)
+    print(json.dumps({"tell": subject.tell}), file=replies, flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        began_s = time.perf_counter()
+        if "prefill" in order:
+            subject.prefill([(7 * i + order.get("seed", 0)) % 4000 + 3 for i in range(order["prefill"])])
+        else:
+            subject.decode(order["decode"])
+        print(json.dumps({"seconds": time.perf_counter() - began_s}), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -5,6 +5,7 @@ kept or served; only artifacts whose manifest is in the library are fetched; a f
 site renews a want for it. A crash leaves partial packs, which are hashed again and taken up.
 """
 
+import math
 import queue
 import threading
 import time
@@ -22,7 +23,7 @@ from fleet.settings import UpstreamSettings
 from host.link import LinkUp, Received
 from host.mqtt import Connection
 from wire.documents import encode_document
-from wire.errors import AmperageError, ArtifactError, StoreError
+from wire.errors import AmperageError, ArtifactError, Retry, StoreError
 from wire.fetch import Fetch, Judgement, credit_for
 from wire.messages import WANT_VOID_S, FrameMessage, Want
 from wire.topics import Topics
@@ -34,7 +35,7 @@ INBOX_MESSAGES = 16
 TURN_S = 0.2
 LEAVE_S = 1.0
 RETRY_S = 30.0
-"""After a disk that refused, or an artifact that is wrong, nothing is tried for this long."""
+"""After a disk that refused nothing is tried for this long; an artifact that is wrong stays so."""
 PROGRESS_S = 10.0
 PROGRESS_SHARE = 0.05
 
@@ -188,12 +189,12 @@ class Upstream:
             self._end(artifact)
 
     def _guarded(self, artifact: str, act: Callable[[], None]) -> None:
-        """A disk that refuses or an artifact that is wrong ends this one fetch for a while."""
+        """A disk that refuses ends this one fetch for a while, an artifact that is wrong for good."""
         try:
             act()
         except (StoreError, ArtifactError) as error:
             log.warning("download_failed", artifact=artifact, code=str(error.code), reason=error.message)
-            self._refused[artifact] = time.monotonic() + RETRY_S
+            self._refused[artifact] = time.monotonic() + (math.inf if error.retry is Retry.NEVER else RETRY_S)
             self._end(artifact)
 
     def _end(self, artifact: str) -> None:

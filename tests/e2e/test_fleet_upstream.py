@@ -14,8 +14,10 @@ from fleet.library import FETCHING, Library
 from fleet.partial import Partial
 from fleet.settings import UpstreamSettings
 from fleet.upstream import Upstream
-from host.link import Broker
+from host.link import Broker, Received
+from wire.digest import digest_of
 from wire.manifest import FRAME_BYTES
+from wire.messages import FrameMessage
 from wire.topics import Topics
 
 pytestmark = pytest.mark.e2e
@@ -120,3 +122,24 @@ def test_artifact_that_no_order_names_is_not_fetched(
     gateway.stop()
     upstream.stop()
     assert upstream.received == depot.published == 0
+
+
+def test_artifact_whose_index_is_wrong_is_tried_once(
+    broker: PrivateBroker, topics: Topics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its frames are the signed ones, and no index: asking again would only cost the link."""
+    monkeypatch.setattr("fleet.upstream.RETRY_S", 0.0)
+    made = make_artifact()
+    index = bytes(made.manifest.index_size_bytes)
+    wrong = Artifact(made.manifest.model_copy(update={"index_frames": (digest_of(index),)}), index)
+    library = Library(tmp_path / "gateway")
+    library.put_manifest(wrong.digest, wrong.document)
+    upstream = Upstream(settings(broker), topics, library)
+    upstream.partial(wrong.digest)
+    upstream._begin_and_end()
+    assert upstream.partial(wrong.digest) is not None
+    frame = FrameMessage(1, 1, 0, index).encode()
+    upstream._take(Received(topics.frames(wrong.digest), frame, 1, False, 1, 0, lambda _session, _mid: None))
+    assert upstream.partial(wrong.digest) is None
+    upstream._begin_and_end()
+    assert upstream.partial(wrong.digest) is None

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 from benchmarks.decoder_models import ROOT, Decoder, sample, smollm
 from benchmarks.harness import PeerAbsent
+from wire.documents import parse_document
+from wire.serving import ExecutionOptions, ProbeReport
 
 PEERS = ROOT / ".venv" / "opt" / "peers"
 LLAMA = ROOT / ".venv" / "opt" / "llama"
@@ -67,29 +69,27 @@ class Child:
         return answer
 
 
+def probed_options(decoder: Decoder, threads: int) -> ExecutionOptions:
+    """What the node's own probe chooses for this model here. Raises RuntimeError when the probe refuses it."""
+    command = [sys.executable, "-m", "runtime.main", "probe", "--candidate", str(decoder.directory), "--threads"]
+    output = subprocess.run([*command, str(threads)], stdout=subprocess.PIPE, check=True).stdout
+    report = parse_document(ProbeReport, output, limit_bytes=1 << 16)
+    if report.options is None:
+        raise RuntimeError(f"the probe says {report.verdict}: {report.detail}")
+    return report.options
+
+
 class Ours:
-    """The runtime's model with the options that its probe would choose, without HTTP."""
+    """The runtime's model with the options that its probe chooses, without HTTP."""
 
     def __init__(self, decoder: Decoder, threads: int) -> None:
         from runtime.model import Model, Shape
-        from wire.serving import ExecutionOptions
 
+        options = probed_options(decoder, threads)
         shape = Shape(1, min(CONTEXT_TOKENS, decoder.version.config.context_tokens))
+        self._model = Model(decoder.directory, decoder.version.config, shape, options)
         self._last = self._length = 0
-
-        def loaded(spinning: bool) -> tuple[float, Model]:
-            options = ExecutionOptions(threads=threads, spinning=spinning)
-            self._model = Model(decoder.directory, decoder.version.config, shape, options)
-            self.prefill([5] * 32)
-            self.decode(8)
-            began_s = time.perf_counter()
-            self.decode(24)
-            return time.perf_counter() - began_s, self._model
-
-        (calm_s, calm), (spinning_s, spinning) = loaded(False), loaded(True)
-        self._model, loser = (calm, spinning) if calm_s < spinning_s else (spinning, calm)
-        loser.close()
-        self.tell = "spinning" if self._model is spinning else "not spinning"
+        self.tell = options.model_dump_json()
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """As the engine does it."""

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.decoder_models import ROOT, Decoder, smollm
-from benchmarks.decoders import CONTEXT_TOKENS, LLAMA, Child
+from benchmarks.decoders import CONTEXT_TOKENS, LLAMA, probed_options
 from benchmarks.gguf_writer import gguf_of
 from benchmarks.harness import PeerAbsent, Row, Samples, Subject, at_least, measure, row, rows_against
 from host.unix_http import UnixConnection
 from runtime.cpu import allowed_threads
 from wire.documents import encode_document
-from wire.serving import ExecutionOptions, Serving, ServingModel
+from wire.serving import Serving, ServingModel
 
 STREAMS, PROMPT_TOKENS, ANSWER_TOKENS = 8, 64, 64
 LONG_PROMPT_TOKENS, MORE_TOKENS = 1000, 8
@@ -152,17 +152,14 @@ def _warm(server: Server | PeerAbsent, seeds: Iterator[int]) -> Subject:
 
 @contextmanager
 def _ours(decoder: Decoder, threads: int) -> Iterator[Server]:
-    """The runtime over a store of its own, with the options that its probe would choose."""
-    probe = Child("ours", decoder.name, threads)
-    spinning = probe.tell["tell"] == "spinning"
-    probe.close()
+    """The runtime over a store of its own, with the options that its probe chooses."""
     with tempfile.TemporaryDirectory(prefix="amperage-bench-") as folder:
         home, decoded = Path(folder), decoder.version.decoded_digest()
         (home / "store" / "versions").mkdir(parents=True)
         (home / "store" / "versions" / decoded).symlink_to(decoder.directory)
         entry = ServingModel(
             model="bench", release="0" * 64, version="1", decoded=decoded, cpu="bench", onnxruntime="bench",
-            options=ExecutionOptions(threads=threads, spinning=spinning),
+            options=probed_options(decoder, threads),
         )  # fmt: skip
         (home / "store" / "serving.json").write_bytes(encode_document(Serving(models=(entry,))))
         (home / "runtime.toml").write_text(

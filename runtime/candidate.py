@@ -6,6 +6,7 @@ signal, no end) its parent tells (runtime/probe.py). It writes nothing but its r
 """
 
 import os
+import platform
 import resource
 import statistics
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from runtime.cpu import allowed_threads, detect_cpu
 from runtime.golden import Judgement, judge_model, read_golden, run_prompt
-from runtime.model import ONNXRUNTIME, Model, Shape
+from runtime.model import FLOAT_ACTIVATIONS, ONNXRUNTIME, PREFILL_TOKENS, WIDE_TOKENS, Model, Shape
 from runtime.text import Text
 from runtime.version import open_version, weights_bytes
 from wire.errors import AmperageError, Code, DeployError
@@ -48,6 +49,8 @@ class Orders:
     incumbent: Path | None = None
     threads: int = 0
     memory_bytes: int = 0
+    reading_session: bool = True
+    """Whether prompts may have a session of their own, which packs the weights once more."""
 
 
 @dataclass(slots=True)
@@ -63,11 +66,19 @@ class _Subject:
     def tokens_per_s(self) -> float:
         """Speed of one stream after a golden prompt."""
         prompt = list(max(self.golden.vectors, key=lambda vector: len(vector.input_ids)).input_ids)
-        token = int(run_prompt(self.model, prompt)[1].argmax())
+        token = int(run_prompt(self.model, prompt)[-1].argmax())
         began_s = time.perf_counter()
         for step in range(MEASURED_TOKENS):
             token = int(self.model.decode([token], [len(prompt) + step])[0].argmax())
         return MEASURED_TOKENS / (time.perf_counter() - began_s)
+
+    def read_tokens_per_s(self) -> float:
+        """Speed of reading one long chunk, whatever it says."""
+        count = min(PREFILL_TOKENS, self.model.shape.capacity - 1)
+        prompt = [token for vector in self.golden.vectors for token in vector.input_ids] * count
+        began_s = time.perf_counter()
+        self.model.prefill(0, prompt[:count], 0)
+        return count / (time.perf_counter() - began_s)
 
 
 def probe_candidate(orders: Orders) -> ProbeReport:
@@ -117,10 +128,13 @@ def _probe(orders: Orders) -> ProbeReport:
         return _report(ProbeVerdict.GOLDEN_MISMATCH, judged, load_s)
     if load_s < QUICK_LOAD_S:
         candidate = _best(candidate)
+        if orders.reading_session:
+            candidate = _best_reading(candidate)
         judged = judge_model(candidate.model, golden)
         if judged.fault:
             return _report(ProbeVerdict.GOLDEN_MISMATCH, judged, load_s)
-    speeds = _race(candidate, _incumbent(orders, candidate.options))
+    incumbent = _incumbent(orders, candidate.options)
+    speeds = _race(candidate.tokens_per_s, incumbent.tokens_per_s if incumbent else None)
     return _report(ProbeVerdict.PASSED, judged, load_s).model_copy(
         update={"tokens_per_s": speeds[0], "incumbent_tokens_per_s": speeds[1], "options": candidate.options}
     )
@@ -145,6 +159,7 @@ def _subject(directory: Path, document: VersionDocument, golden: GoldenSet, opti
     capacity = max(len(vector.input_ids) for vector in golden.vectors) + MEASURED_TOKENS + 1
     if capacity > document.config.context_tokens:
         raise DeployError(Code.LOAD_FAILED, "a golden prompt is as long as the context; build the version again")
+    capacity = min(document.config.context_tokens, max(capacity, PREFILL_TOKENS + 1))
     model = Model(directory, document.config, Shape(1, capacity), options)
     return _Subject(directory, document, golden, options, model)
 
@@ -162,25 +177,38 @@ def _incumbent(orders: Orders, options: ExecutionOptions) -> _Subject | None:
 
 
 def _best(first: _Subject) -> _Subject:
-    """The fastest of a few ways to run the candidate; the plain one unless another wins clearly."""
+    """The fastest of a few ways to decode; the plain one unless another wins clearly."""
     ways: list[dict[str, object]] = [{"spinning": True}, {"threads": 1}] if first.options.threads > 1 else []
     best = first
     for way in ways:
-        options = first.options.model_copy(update=way)
-        other = _subject(first.directory, first.document, first.golden, options)
-        mine, others = _race(best, other)
-        if mine is not None and others is not None and others > mine * BETTER_BY:
-            best, other = other, best
-        other.model.close()
+        best = _winner(best, first.options.model_copy(update=way), lambda subject: subject.tokens_per_s)
     return best
 
 
-def _race(one: _Subject, other: _Subject | None) -> tuple[float | None, float | None]:
+def _best_reading(best: _Subject) -> _Subject:
+    """With a session that reads prompts by other kernels, where this CPU has such and they win clearly."""
+    if best.model.shape.capacity <= WIDE_TOKENS or platform.machine() != "x86_64":
+        return best
+    options = best.options.model_copy(update={"reading_config": FLOAT_ACTIVATIONS})
+    return _winner(best, options, lambda subject: subject.read_tokens_per_s)
+
+
+def _winner(best: _Subject, options: ExecutionOptions, figure: Callable[[_Subject], Callable[[], float]]) -> _Subject:
+    """`best`, or the same version with `options` when its figure is clearly higher; the other is closed."""
+    other = _subject(best.directory, best.document, best.golden, options)
+    mine, others = _race(figure(best), figure(other))
+    if mine is not None and others is not None and others > mine * BETTER_BY:
+        best, other = other, best
+    other.model.close()
+    return best
+
+
+def _race(one: Callable[[], float], other: Callable[[], float] | None) -> tuple[float | None, float | None]:
     """Median speeds of both, measured in turns so that what else the node does meets both alike."""
     speeds: tuple[list[float], list[float]] = ([], [])
-    runs: list[tuple[list[float], Callable[[], float]]] = [(speeds[0], one.tokens_per_s)]
+    runs: list[tuple[list[float], Callable[[], float]]] = [(speeds[0], one)]
     if other is not None:
-        runs.append((speeds[1], other.tokens_per_s))
+        runs.append((speeds[1], other))
     until_s = time.perf_counter() + MEASURE_BUDGET_S
     for _ in range(ROUNDS_LIMIT):
         for found, run in runs:

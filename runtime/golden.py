@@ -1,7 +1,7 @@
 """Judging a loaded model by the golden vectors of its version (wire/golden.py).
 
-Both shapes that serve are judged: a prompt as chunks of prefill, and its last token once more as a decode step, because
-onnxruntime has different kernels for the two.
+Every way to serve is judged: a prompt as chunks of prefill, by each session that may read it, and its last token once
+more as a decode step, because onnxruntime has different kernels for them.
 """
 
 import math
@@ -61,10 +61,13 @@ def judge_model(model: Model, golden: GoldenSet) -> Judgement:
 
 
 def run_prompt(model: Model, tokens: list[int]) -> list[Float]:
-    """Logits of the last token, float32 [vocab_size]: by prefill, and again by a decode step."""
-    for start in range(0, len(tokens), PREFILL_TOKENS):
-        prefilled = model.prefill(0, tokens[start : start + PREFILL_TOKENS], start)
-    return [prefilled.copy(), model.decode([tokens[-1]], [len(tokens) - 1])[0].copy()]
+    """Logits of the last token, float32 [vocab_size]: by each way of prefill, and again by a decode step."""
+    rows: list[Float] = []
+    for wide in (True, False) if model.reads_apart else (False,):
+        for start in range(0, len(tokens), PREFILL_TOKENS):
+            read = model.prefill(0, tokens[start : start + PREFILL_TOKENS], start, wide=wide)
+        rows.append(read.copy())
+    return [*rows, model.decode([tokens[-1]], [len(tokens) - 1])[0].copy()]
 
 
 def _row_error(vector: GoldenVector, row: Float) -> float:

@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--incumbent", type=Path)
     probe.add_argument("--threads", type=int, default=0, help="0 means all that are allowed")
     probe.add_argument("--memory-bytes", type=int, default=0, help="0 means a bound that follows from the weights")
+    probe.add_argument("--one-session", action="store_true", help="no second packed copy of the weights for prompts")
     probe.set_defaults(run=_probe)
 
     chat = commands.add_parser("chat", help="talk to a model of this node")
@@ -74,7 +75,9 @@ def _probe(chosen: argparse.Namespace) -> int:
     from runtime.candidate import Orders, probe_candidate
     from wire.documents import encode_document
 
-    orders = Orders(chosen.candidate, chosen.incumbent, chosen.threads, chosen.memory_bytes)
+    orders = Orders(
+        chosen.candidate, chosen.incumbent, chosen.threads, chosen.memory_bytes, reading_session=not chosen.one_session
+    )  # fmt: skip
     data = encode_document(probe_candidate(orders))
     with os.fdopen(report, "wb") as sink:
         sink.write(data + b"\n")

@@ -1,4 +1,4 @@
-"""One loaded decoder: its onnxruntime session, its memory for keys and values, and the two shapes in which it runs.
+"""One loaded decoder: its onnxruntime sessions, its memory for keys and values, and the two shapes in which it runs.
 
 The graph contract is docs/design.md section 6. Invariants: past and present of a layer are the same memory, so a step
 writes one row per request and copies nothing; only the engine's thread calls `decode`, `prefill` and `move`; the slots
@@ -29,6 +29,11 @@ Int = NDArray[np.int64]
 
 PREFILL_TOKENS = 128
 """Longest chunk of a prompt between two decode steps: it bounds the pause of running answers."""
+WIDE_TOKENS = 32
+"""Shortest chunk for the session that reads prompts: below it, the one that decodes is faster at reading, too."""
+FLOAT_ACTIVATIONS = {"mlas.qnbit.force_fp32": "1"}
+"""Session settings by which x86 reads prompts 1.4 times as fast: int4 weights are spread to float32 in the cache and
+multiplied there (docs/adr/0009). onnxruntime has the setting on x86 only."""
 SPIN_DURATION_US = 200
 """How long a thread of the pool spins for the next kernel of a step; between steps and when idle it sleeps."""
 
@@ -67,7 +72,10 @@ class Model:
 
     def __init__(self, directory: Path, config: DecoderConfig, shape: Shape, options: ExecutionOptions) -> None:
         self.config, self.shape = config, shape
-        self._session = _session(directory / GRAPH_FILE, options)
+        graph = directory / GRAPH_FILE
+        self._session = self._reader = _session(graph, options, options.session_config)
+        if options.reading_config is not None:
+            self._reader = _session(graph, options, options.session_config | options.reading_config)
         heads, parts = config.kv_heads, 2 * config.layers
         try:  # the kernel commits a page when it is written first
             self._slab = np.zeros((parts, shape.slots, heads, shape.capacity, config.head_size), np.float32)
@@ -78,7 +86,12 @@ class Model:
                 "context_tokens or prefix_cache_bytes",
             ) from error  # fmt: skip
         self._decoders: dict[int, _Bound] = {}
-        self._prefillers: dict[int, _Bound] = {}
+        self._prefillers: dict[tuple[int, bool], _Bound] = {}
+
+    @property
+    def reads_apart(self) -> bool:
+        """True when long chunks are read by a session of their own, with other kernels."""
+        return self._reader is not self._session
 
     def decode(self, tokens: list[int], lengths: list[int]) -> Float:
         """One step of slots 0..k-1: `tokens[i]` is appended to slot i, which holds `lengths[i]` tokens.
@@ -88,22 +101,25 @@ class Model:
         k = len(tokens)
         bound = self._decoders.get(k)
         if bound is None:
-            bound = self._decoders[k] = self._bind(0, k, np.arange(k, dtype=np.int64))
+            bound = self._decoders[k] = self._bind(self._session, 0, k, np.arange(k, dtype=np.int64))
         bound.input_ids[:, 0] = tokens
         bound.seqlens[:] = lengths
         bound.total[()] = max(lengths) + 1
         self._session.run_with_iobinding(bound.binding)
         return bound.logits
 
-    def prefill(self, slot: int, tokens: list[int], length: int) -> Float:
+    def prefill(self, slot: int, tokens: list[int], length: int, *, wide: bool | None = None) -> Float:
         """Append `tokens` (at most PREFILL_TOKENS) to `slot`, which holds `length` tokens.
 
-        Returns logits float32 [vocab_size] of the last one, a view that the next prefill of the slot overwrites.
+        `wide` names the session, the one that reads long chunks or the one that decodes; None: as the chunk's length
+        says. Returns logits float32 [vocab_size] of the last one, a view that the next prefill of the slot overwrites.
         """
-        bound = self._prefillers.get(slot)
-        if bound is None:
-            bound = self._prefillers[slot] = self._bind(slot, 1, np.zeros(1, np.int64))
         count = len(tokens)
+        wide = self.reads_apart and (count >= WIDE_TOKENS if wide is None else wide)
+        session = self._reader if wide else self._session
+        bound = self._prefillers.get((slot, wide))
+        if bound is None:
+            bound = self._prefillers[slot, wide] = self._bind(session, slot, 1, np.zeros(1, np.int64))
         rows = np.full(1, count - 1, np.int64)
         ids = np.asarray([tokens], np.int64)
         bound.values[:2] = [_value(ids), _value(rows)]
@@ -111,7 +127,7 @@ class Model:
         bound.binding.bind_ortvalue_input("logit_rows", bound.values[1])
         bound.seqlens[0] = length + count - 1
         bound.total[()] = length + count
-        self._session.run_with_iobinding(bound.binding)
+        session.run_with_iobinding(bound.binding)
         logits: Float = bound.logits[0]
         return logits
 
@@ -135,7 +151,8 @@ class Model:
         """
         token = self.config.bos_token_id or 0
         try:
-            self.prefill(0, [token] * min(8, self.shape.capacity - 1), 0)
+            for wide in {False, self.reads_apart}:
+                self.prefill(0, [token] * min(8, self.shape.capacity - 1), 0, wide=wide)
             for k in range(1, self.shape.slots + 1):
                 self.decode([token] * k, [0] * k)
         except Exception as error:  # as in _session
@@ -149,12 +166,12 @@ class Model:
         self._decoders.clear()
         self._prefillers.clear()
         self._slab = self._kept = np.zeros((0, 0, 0, 0, 0), np.float32)
-        self._session = None
+        self._session = self._reader = None
 
-    def _bind(self, slot: int, k: int, logit_rows: Int) -> _Bound:
+    def _bind(self, session: Any, slot: int, k: int, logit_rows: Int) -> _Bound:
         """Bind slots slot..slot+k-1 for steps of one token each."""
         bound = _Bound(
-            self._session.io_binding(), np.zeros((k, 1), np.int64), np.zeros(k, np.int32), np.zeros((), np.int32),
+            session.io_binding(), np.zeros((k, 1), np.int64), np.zeros(k, np.int32), np.zeros((), np.int32),
             np.zeros((k, self.config.vocab_size), np.float32),
         )  # fmt: skip
         inputs: dict[str, NDArray[Any]] = {
@@ -179,7 +196,7 @@ def _value(array: NDArray[Any]) -> Any:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def _session(graph: Path, options: ExecutionOptions) -> Any:
+def _session(graph: Path, options: ExecutionOptions, config: dict[str, str]) -> Any:
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1
@@ -189,7 +206,7 @@ def _session(graph: Path, options: ExecutionOptions) -> Any:
     settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
     if options.spinning:
         settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_DURATION_US))
-    for key, value in options.session_config.items():
+    for key, value in config.items():
         settings.add_session_config_entry(key, value)
     if options.provider not in ort.get_available_providers():
         raise DeployError(Code.LOAD_FAILED, f"this onnxruntime has no {options.provider}; probe the version again")

@@ -32,6 +32,8 @@ async def run_probe(versions: Path, request: ProbeRequest, settings: RuntimeSett
         sys.executable, "-P", "-m", "runtime.main", "probe", "--candidate", str(versions / request.candidate),
         "--threads", str(settings.threads), "--memory-bytes", str(settings.probe_memory_bytes),
     ]  # fmt: skip
+    if not settings.reading_session:
+        command += ["--one-session"]
     if request.incumbent is not None:
         command += ["--incumbent", str(versions / request.incumbent)]
     kills_before = _oom_kills()

@@ -17,6 +17,9 @@ class RuntimeSettings(Settings):
     admin_socket: FilePath = Path("/run/amperage/admin.sock")
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Threads of one model; 0 means as many as affinity and cgroup quota allow."""
+    reading_session: bool = True
+    """Whether the probe may choose a second session that reads prompts faster (x86 only, 1.4 times) and packs the
+    weights once more; false where memory is short."""
     max_slots: Annotated[int, Field(ge=1, le=64)] = 4
     """Requests of one model that are decoded together; each has a slot of KV cache."""
     max_queue: Annotated[int, Field(ge=0, le=10_000)] = 64

@@ -13,13 +13,16 @@ REFERENCE = np.array([3.0, 1.0, 0.0, -1.0, 0.5, -0.5, 2.0, -2.0], np.float32)
 
 
 class FixedModel:
-    """Answers every prefill and every decode step with one row of logits each."""
+    """Answers every prefill by either session and every decode step with one row of logits each."""
 
-    def __init__(self, prefilled: np.ndarray, decoded: np.ndarray) -> None:
+    reads_apart = True
+
+    def __init__(self, prefilled: np.ndarray, decoded: np.ndarray, wide: np.ndarray) -> None:
         self._prefilled, self._decoded = prefilled.astype(np.float32), decoded.astype(np.float32)
+        self._wide = wide.astype(np.float32)
 
-    def prefill(self, slot: int, tokens: list[int], start: int) -> np.ndarray:
-        return self._prefilled
+    def prefill(self, slot: int, tokens: list[int], start: int, *, wide: bool) -> np.ndarray:
+        return self._wide if wide else self._prefilled
 
     def decode(self, tokens: list[int], positions: list[int]) -> np.ndarray:
         return self._decoded[None]
@@ -33,19 +36,20 @@ def make_golden(tolerance: float = 0.1, min_top1_agreement: float = 1.0) -> Gold
     return GoldenSet(tolerance=tolerance, min_top1_agreement=min_top1_agreement, vectors=(vector,))
 
 
-def fault_of(prefilled: np.ndarray, decoded: np.ndarray, golden: GoldenSet) -> str:
-    return judge_model(FixedModel(prefilled, decoded), golden).fault  # type: ignore[arg-type]  # what it uses of a Model
+def fault_of(prefilled: np.ndarray, decoded: np.ndarray, golden: GoldenSet, wide: np.ndarray | None = None) -> str:
+    model = FixedModel(prefilled, decoded, prefilled if wide is None else wide)
+    return judge_model(model, golden).fault  # type: ignore[arg-type]  # what it uses of a Model
 
 
 def test_logits_of_the_reference_are_right() -> None:
     assert fault_of(REFERENCE, REFERENCE, make_golden()) == ""
 
 
-@pytest.mark.parametrize("where", ["prefill", "decode"])
+@pytest.mark.parametrize("where", ["prefill", "decode", "wide"])
 def test_error_over_the_tolerance_is_a_fault_although_the_largest_logit_agrees(where: str) -> None:
     off = REFERENCE * np.float32(1.5)
-    rows = (off, REFERENCE) if where == "prefill" else (REFERENCE, off)
-    assert "over the tolerance" in fault_of(*rows, make_golden())
+    rows = [off if where == place else REFERENCE for place in ("prefill", "decode", "wide")]
+    assert "over the tolerance" in fault_of(rows[0], rows[1], make_golden(), rows[2])
 
 
 def test_other_largest_logit_is_a_fault_although_the_error_is_small() -> None:

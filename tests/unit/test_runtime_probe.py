@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -179,3 +180,18 @@ def test_cancelled_probe_leaves_no_child(versions: Path) -> None:
 
     asyncio.run(cancel())
     assert not list(children(str(versions)))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86 has other kernels for prompts")
+def test_session_for_prompts_is_chosen_only_where_the_settings_allow_it(versions: Path) -> None:
+    candidate = install(versions, base_version())
+    chosen: dict[bool, ProbeReport] = {}
+    for allowed in (True, False):
+        settings = RuntimeSettings(store=versions.parent, threads=1, reading_session=allowed)
+        chosen[allowed] = asyncio.run(run_probe(versions, ProbeRequest(candidate=candidate), settings))
+    for report in chosen.values():
+        assert report.verdict is ProbeVerdict.PASSED
+        assert report.options is not None
+    assert chosen[False].options is not None
+    assert chosen[False].options.reading_config is None
+    assert chosen[False].golden_rows == chosen[True].golden_rows

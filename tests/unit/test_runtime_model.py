@@ -1,0 +1,60 @@
+"""One model, two sessions: prompts read by kernels of their own, on the same slab."""
+
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from runtime_fixtures import base_version
+
+from runtime.model import FLOAT_ACTIVATIONS, PREFILL_TOKENS, WIDE_TOKENS, Model, Shape
+from wire.serving import ExecutionOptions
+
+TOLERANCE = 0.05
+"""RMS difference of logits between kernels as a share of their deviation; measured 0.004 to 0.01."""
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86 has other kernels for prompts")
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    version = base_version()
+    options = ExecutionOptions(threads=1, reading_config=FLOAT_ACTIVATIONS)
+    loaded = Model(version.directory, version.document.config, Shape(2, 512), options)
+    yield loaded
+    loaded.close()
+
+
+def prompt(count: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(count).integers(3, 4000, count)]
+
+
+def error(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(one - other))) / other.std())
+
+
+def test_both_sessions_read_a_chunk_alike_but_not_with_the_same_kernels(model: Model) -> None:
+    tokens = prompt(PREFILL_TOKENS)
+    wide = model.prefill(0, tokens, 0, wide=True).copy()
+    narrow = model.prefill(0, tokens, 0, wide=False).copy()
+    assert 0 < error(wide, narrow) < TOLERANCE
+
+
+@pytest.mark.parametrize(("count", "wide"), [(WIDE_TOKENS - 1, False), (WIDE_TOKENS, True)])
+def test_the_length_of_a_chunk_chooses_its_session(model: Model, count: int, wide: bool) -> None:
+    tokens = prompt(count)
+    told = model.prefill(0, tokens, 0, wide=wide).copy()
+    assert np.array_equal(model.prefill(0, tokens, 0), told)
+
+
+def test_decoding_goes_on_from_what_the_other_session_read(model: Model) -> None:
+    tokens = prompt(64)
+    model.prefill(0, tokens, 0, wide=True)
+    after_wide = model.decode([7], [64])[0].copy()
+    model.prefill(0, tokens, 0, wide=False)
+    assert error(after_wide, model.decode([7], [64])[0]) < TOLERANCE

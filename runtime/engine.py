@@ -1,8 +1,8 @@
 """Continuous batching: one thread per loaded version that decodes all running answers together, token by token.
 
-A step decodes one token of every running answer, then reads one chunk of one waiting prompt; requests join and leave
-between any two steps. Invariants: running answers hold slots 0..k-1; the prompt being read holds one slot at or above
-k, so an answer that leaves is replaced by the last one without touching it; the thread blocks when it has nothing to
+A step decodes one token of every running answer, then reads one chunk of one waiting prompt, or a few whole prompts that
+are together no longer than a chunk; requests join and leave between any two steps. Invariants: running answers hold
+slots 0..k-1; prompts being read hold slots at or above k, so an answer that leaves is replaced by the last one without touching it; the thread blocks when it has nothing to
 do. An exception of a step fails the requests that were in it and nothing else. Whole blocks of what was read or
 generated are kept at once, so that the next request that begins alike copies them, whether or not their donor still
 runs.
@@ -22,6 +22,9 @@ from runtime.prefix import BLOCK_TOKENS, Block, PrefixCache
 from runtime.sampling import Sampler, Sampling
 from runtime.stats import Stats
 from wire.errors import Code, InferenceError
+
+PADDING_LIMIT = 1.25
+"""Prompts are read together when padding them makes at most this much of the work."""
 
 _log = structlog.get_logger(__name__)
 
@@ -104,7 +107,8 @@ class Engine:
         self._open = 0
         self._closed = False
         self._running: list[Generation] = []
-        self._reading: Generation | None = None
+        self._reading: list[Generation] = []
+        """One, or several that one step reads whole."""
         self._thread = threading.Thread(target=self._run, name=f"engine-{name}", daemon=True)
         self._thread.start()
 
@@ -163,7 +167,7 @@ class Engine:
             self._drop_cancelled()
             self._decode()
             self._read()
-        leaving = [*self._running, *self._waiting, *([self._reading] if self._reading else [])]
+        leaving = [*self._running, *self._waiting, *self._reading]
         self._deliver([(generation, End(Reason.CANCELLED)) for generation in leaving])
 
     def _await_work(self) -> bool:
@@ -174,7 +178,7 @@ class Engine:
             return not self._closed
 
     def _drop_cancelled(self) -> None:
-        here = [*self._running, self._reading] if self._reading is not None else self._running
+        here = [*self._running, *self._reading]
         left: Deliveries = [(g, End(g.cancelled)) for g in here if g.cancelled is not None]
         if left:
             self._finish(left)
@@ -199,39 +203,62 @@ class Engine:
         self._finish(deliveries)
 
     def _read(self) -> None:
-        """One chunk of one prompt; its last chunk gives the first token."""
-        generation = self._reading or self._next()
-        if generation is None:
+        """One chunk of one prompt, or a few short prompts; the last token of a prompt gives the first of its answer."""
+        together = self._reading = self._reading or self._next()
+        if not together:
             return
         began_s = time.perf_counter()
-        chunk = generation.prompt[generation.length : generation.length + PREFILL_TOKENS]
+        chunks = [g.prompt[g.length : g.length + PREFILL_TOKENS] for g in together]
         try:
-            logits = self._model.prefill(generation.slot, chunk, generation.length)
+            if len(together) == 1:
+                logits = self._model.prefill(together[0].slot, chunks[0], together[0].length)[None]
+            else:
+                logits = self._model.prefill_together(together[0].slot, chunks)
         except Exception as error:  # noqa: BLE001  as in _decode
-            self._fail([generation], error)
+            self._fail(list(together), error)
             return
-        generation.length += len(chunk)
-        self._keep(generation)
-        whole = generation.length == len(generation.prompt)
         deliveries: Deliveries = []
-        if whole:
-            self._join(generation)
-            generation.first_token_s = time.perf_counter()
-            self._sample(generation, logits, deliveries)
-        self.stats.prefilled(int(whole), time.perf_counter() - began_s)
+        whole = 0
+        for generation, chunk, row in zip(tuple(together), chunks, logits, strict=True):
+            generation.length += len(chunk)
+            self._keep(generation)
+            if generation.length == len(generation.prompt):
+                whole += 1
+                self._join(generation)
+                generation.first_token_s = time.perf_counter()
+                self._sample(generation, row, deliveries)
+        self.stats.prefilled(whole, time.perf_counter() - began_s)
         self._finish(deliveries)
 
-    def _next(self) -> Generation | None:
-        """The next prompt to read, in the slot after the running ones."""
-        if len(self._running) == self._model.shape.slots:
-            return None
+    def _next(self) -> list[Generation]:
+        """The next prompt to read, in the slot after the running ones, and those behind it that fit beside it."""
+        free = self._model.shape.slots - len(self._running)
         with self._changed:
-            if not self._waiting:
-                return None
-            self._reading = self._waiting.popleft()
-        self._reading.slot = len(self._running)
-        self._recall(self._reading)
-        return self._reading
+            if not self._waiting or not free:
+                return []
+            first = self._waiting.popleft()
+        first.slot = len(self._running)
+        self._recall(first)
+        together = [first]
+        with self._changed:
+            while self._waiting and len(together) < free and self._fits(together, self._waiting[0]):
+                together.append(self._waiting.popleft())
+                together[-1].slot = first.slot + len(together) - 1
+        return together
+
+    def _fits(self, together: list[Generation], other: Generation) -> bool:
+        """Whether one step reads `other` beside `together`, without much padding and without reading anything twice.
+
+        Only prompts of which nothing is kept can be read so: onnxruntime's attention takes several at once only from
+        their beginning.
+        """
+        counts = [len(g.prompt) for g in (*together, other)]
+        padded = max(counts) * len(counts)
+        if together[0].length or padded > PREFILL_TOKENS or padded > PADDING_LIMIT * sum(counts):
+            return False
+        beginning = other.prompt[:BLOCK_TOKENS]
+        alike = len(other.prompt) > BLOCK_TOKENS and any(g.prompt[:BLOCK_TOKENS] == beginning for g in together)
+        return not alike and not self._prefixes.knows(other.prompt[:-1])
 
     def _recall(self, generation: Generation) -> None:
         """Copy what is kept of its prompt but the last token, whose logits are wanted."""
@@ -255,7 +282,7 @@ class Engine:
 
     def _join(self, generation: Generation) -> None:
         """From reading to running, in the first slot that is free by now."""
-        self._reading = None
+        self._reading.remove(generation)
         slot = len(self._running)
         if generation.slot != slot:
             self._model.move(generation.slot, slot, generation.length)
@@ -292,8 +319,8 @@ class Engine:
 
     def _leave(self, generation: Generation, end: End) -> None:
         """Free the slot; the last running answer moves into the gap."""
-        if generation is self._reading:
-            self._reading = None
+        if generation in self._reading:
+            self._reading.remove(generation)
         else:
             last = self._running.pop()
             if last is not generation:

@@ -59,6 +59,7 @@ def token_bytes(config: DecoderConfig) -> int:
 class _Bound:
     """A binding with the arrays it reads and writes; the arrays must live as long as it does."""
 
+    session: Any
     binding: Any
     input_ids: Int
     seqlens: NDArray[np.int32]
@@ -86,7 +87,7 @@ class Model:
                 "context_tokens or prefix_cache_bytes",
             ) from error  # fmt: skip
         self._decoders: dict[int, _Bound] = {}
-        self._prefillers: dict[tuple[int, bool], _Bound] = {}
+        self._prefillers: dict[tuple[int, int, bool], _Bound] = {}
 
     @property
     def reads_apart(self) -> bool:
@@ -105,7 +106,7 @@ class Model:
         bound.input_ids[:, 0] = tokens
         bound.seqlens[:] = lengths
         bound.total[()] = max(lengths) + 1
-        self._session.run_with_iobinding(bound.binding)
+        bound.session.run_with_iobinding(bound.binding)
         return bound.logits
 
     def prefill(self, slot: int, tokens: list[int], length: int, *, wide: bool | None = None) -> Float:
@@ -115,21 +116,26 @@ class Model:
         says. Returns logits float32 [vocab_size] of the last one, a view that the next prefill of the slot overwrites.
         """
         count = len(tokens)
-        wide = self.reads_apart and (count >= WIDE_TOKENS if wide is None else wide)
-        session = self._reader if wide else self._session
-        bound = self._prefillers.get((slot, wide))
-        if bound is None:
-            bound = self._prefillers[slot, wide] = self._bind(session, slot, 1, np.zeros(1, np.int64))
-        rows = np.full(1, count - 1, np.int64)
-        ids = np.asarray([tokens], np.int64)
-        bound.values[:2] = [_value(ids), _value(rows)]
-        bound.binding.bind_ortvalue_input("input_ids", bound.values[0])
-        bound.binding.bind_ortvalue_input("logit_rows", bound.values[1])
+        bound = self._reading_binding(slot, 1, count, wide)
         bound.seqlens[0] = length + count - 1
         bound.total[()] = length + count
-        session.run_with_iobinding(bound.binding)
-        logits: Float = bound.logits[0]
+        logits: Float = self._read(bound, np.asarray([tokens], np.int64), np.full(1, count - 1, np.int64))[0]
         return logits
+
+    def prefill_together(self, slot: int, prompts: Sequence[Sequence[int]]) -> Float:
+        """Read whole prompts into the slots from `slot` on, in one step that pads them to the longest.
+
+        Returns logits float32 [prompts, vocab_size] of their last tokens, a view that the next such step overwrites.
+        """
+        counts = np.array([len(prompt) for prompt in prompts])
+        longest = int(counts.max())
+        ids = np.zeros((len(prompts), longest), np.int64)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        bound = self._reading_binding(slot, len(prompts), ids.size, None)
+        bound.seqlens[:] = counts - 1
+        bound.total[()] = longest
+        return self._read(bound, ids, np.arange(len(prompts)) * longest + counts - 1)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the `length` tokens that slot `source` holds to slot `target`."""
@@ -168,10 +174,27 @@ class Model:
         self._slab = self._kept = np.zeros((0, 0, 0, 0, 0), np.float32)
         self._session = self._reader = None
 
+    def _reading_binding(self, slot: int, prompts: int, tokens: int, wide: bool | None) -> _Bound:
+        wide = self.reads_apart and (tokens >= WIDE_TOKENS if wide is None else wide)
+        bound = self._prefillers.get((slot, prompts, wide))
+        if bound is None:
+            session = self._reader if wide else self._session
+            bound = self._bind(session, slot, prompts, np.zeros(prompts, np.int64))
+            self._prefillers[slot, prompts, wide] = bound
+        return bound
+
+    def _read(self, bound: _Bound, ids: Int, rows: Int) -> Float:
+        """Run a binding whose chunk, unlike that of a decode step, has another length every time."""
+        bound.values[:2] = [_value(ids), _value(rows)]
+        bound.binding.bind_ortvalue_input("input_ids", bound.values[0])
+        bound.binding.bind_ortvalue_input("logit_rows", bound.values[1])
+        bound.session.run_with_iobinding(bound.binding)
+        return bound.logits
+
     def _bind(self, session: Any, slot: int, k: int, logit_rows: Int) -> _Bound:
         """Bind slots slot..slot+k-1 for steps of one token each."""
         bound = _Bound(
-            session.io_binding(), np.zeros((k, 1), np.int64), np.zeros(k, np.int32), np.zeros((), np.int32),
+            session, session.io_binding(), np.zeros((k, 1), np.int64), np.zeros(k, np.int32), np.zeros((), np.int32),
             np.zeros((k, self.config.vocab_size), np.float32),
         )  # fmt: skip
         inputs: dict[str, NDArray[Any]] = {

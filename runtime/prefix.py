@@ -56,6 +56,10 @@ class PrefixCache:
             self._hold(found[-1])
         return found
 
+    def knows(self, tokens: Sequence[int]) -> bool:
+        """Whether `match` would find anything."""
+        return len(tokens) >= BLOCK_TOKENS and _key(b"", tokens[:BLOCK_TOKENS]) in self._blocks
+
     def extend(self, parent: Block | None, tokens: Sequence[int]) -> tuple[Block, bool] | None:
         """The block of `tokens` after `parent`, and whether it is new, so that its row must be filled.
 

@@ -152,6 +152,48 @@ def test_prompt_that_begins_like_one_that_runs_is_copied_and_answers_alike(
     check_greedy(reference, donor, running.tokens)
 
 
+def ask_at_once(engine: Engine, all_prompts: list[list[int]], count: int) -> list[Asked]:
+    """All of them wait when the engine looks next."""
+    with engine._changed:
+        return [ask(engine, prompt, count) for prompt in all_prompts]
+
+
+def together(engine: Engine) -> set[int]:
+    """How many prompts the steps read that read more than one."""
+    return {prompts for _, prompts, _ in engine._model._prefillers if prompts > 1}
+
+
+def test_short_prompts_that_wait_are_read_in_one_step(engine: Engine, reference: Model, text: Text) -> None:
+    long = prompts(text)[3]
+    short = [long[:30], long[40:73], long[80:112]]
+    asked = ask_at_once(engine, short, 20)
+    for prompt, one in zip(short, asked, strict=True):
+        assert one.wait().reason is Reason.LENGTH
+        check_greedy(reference, prompt, one.tokens)
+    assert together(engine) == {3}
+
+
+@pytest.mark.parametrize(
+    "cuts", [[(0, 90), (100, 150)], [(0, 60), (70, 75)], [(0, 200), (5, 20)]], ids=["long", "padded", "chunked"]
+)
+def test_prompts_that_do_not_fit_into_one_step_are_read_one_by_one(
+    engine: Engine, reference: Model, text: Text, cuts: list[tuple[int, int]]
+) -> None:
+    chosen = [prompts(text)[3][start:end] for start, end in cuts]
+    for prompt, one in zip(chosen, ask_at_once(engine, chosen, 10), strict=True):
+        assert one.wait().reason is Reason.LENGTH
+        check_greedy(reference, prompt, one.tokens)
+    assert together(engine) == set()
+
+
+def test_prompts_that_begin_alike_are_not_read_twice_in_one_step(engine: Engine, text: Text) -> None:
+    beginning = prompts(text)[3][:32]
+    asked = ask_at_once(engine, [[*beginning, 7], [*beginning, 8]], 5)
+    for one in asked:
+        one.wait()
+    assert [one.generation.cached for one in asked] == [0, 32]
+
+
 def test_conversation_that_goes_on_is_not_read_again(engine: Engine, reference: Model, text: Text) -> None:
     prompt = prompts(text)[1]
     first = ask(engine, prompt, 60)

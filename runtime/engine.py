@@ -1,11 +1,11 @@
 """Continuous batching: one thread per loaded version that decodes all running answers together, token by token.
 
-A step decodes one token of every running answer, then reads one chunk of one waiting prompt, or a few whole prompts that
-are together no longer than a chunk; requests join and leave between any two steps. Invariants: running answers hold
-slots 0..k-1; prompts being read hold slots at or above k, so an answer that leaves is replaced by the last one without touching it; the thread blocks when it has nothing to
-do. An exception of a step fails the requests that were in it and nothing else. Whole blocks of what was read or
-generated are kept at once, so that the next request that begins alike copies them, whether or not their donor still
-runs.
+A step decodes one token of every running answer, then reads one chunk of one waiting prompt, or a few whole prompts
+that together are no longer than a chunk; requests join and leave between any two steps. Invariants: running answers
+hold slots 0..k-1; prompts being read hold slots at or above k, so an answer that leaves is replaced by the last one
+without touching them; the thread blocks when it has nothing to do. An exception of a step fails the requests that were
+in it and nothing else. Whole blocks of what was read or generated are kept at once, so that the next request that
+begins alike copies them, whether or not their donor still runs.
 """
 
 import threading

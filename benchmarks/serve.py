@@ -19,8 +19,8 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.decoder_models import ROOT, Decoder, smollm
-from benchmarks.decoders import CONTEXT_TOKENS, LLAMA, probed_options
+from benchmarks.decoder_models import ROOT, Decoder
+from benchmarks.decoders import CONTEXT_TOKENS, LLAMA, MODELS, probed_options
 from benchmarks.gguf_writer import gguf_of
 from benchmarks.harness import PeerAbsent, Row, Samples, Subject, at_least, measure, row, rows_against
 from host.unix_http import UnixConnection
@@ -81,8 +81,13 @@ class Server:
 
 
 def run() -> Sequence[Row]:
-    """Rows for the 135 M shape."""
-    threads, decoder = allowed_threads(0), smollm()
+    """Rows for both models."""
+    threads = allowed_threads(0)
+    return [entry for model in MODELS for entry in _rows(model, threads)]
+
+
+def _rows(model: str, threads: int) -> list[Row]:
+    decoder = MODELS[model]()
     seeds = iter(range(1, 1 << 30))
     with ExitStack() as stack:
         servers: dict[str, Server | PeerAbsent] = {"ours": stack.enter_context(_ours(decoder, threads))}
@@ -93,14 +98,15 @@ def run() -> Sequence[Row]:
         streams = measure({name: _streams(server, seeds) for name, server in servers.items()})
         gains = measure({name: _gain(server, seeds) for name, server in servers.items()})
         warm = measure({name: _warm(server, seeds) for name, server in servers.items()})
-    metric = f"smollm-135m: {STREAMS} streams, {threads} threads"
     gained: Samples | None = gains["ours"]
     assert gained is not None
+    first = f"{model}: first token after {LONG_PROMPT_TOKENS} tokens"
     return [
-        *rows_against(metric, "tok/s", "ours", streams, at_least(1.2, ratio=True)),
-        row(f"first token after {LONG_PROMPT_TOKENS} tokens, cold over warm", "x", gained, at_least(20),
-            (PEER, gains[PEER])),
-        *rows_against(f"first token after {LONG_PROMPT_TOKENS} tokens, warm", "s", "ours", warm),
+        *rows_against(
+            f"{model}: {STREAMS} streams, {threads} threads", "tok/s", "ours", streams, at_least(1.2, ratio=True)
+        ),
+        row(f"{first}, cold over warm", "x", gained, at_least(20), (PEER, gains[PEER])),
+        *rows_against(f"{first}, warm", "s", "ours", warm),
     ]  # fmt: skip
 
 
@@ -179,9 +185,10 @@ def _theirs(decoder: Decoder, threads: int) -> Iterator[Server]:
         raise PeerAbsent("llama-server was not built; run this by scripts/bench, which needs cmake and a C++ compiler")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = int(free.getsockname()[1])
+    context = min(CONTEXT_TOKENS, decoder.version.config.context_tokens)
     command = [
         str(SERVER), "-m", str(gguf_of(decoder)), "--host", "127.0.0.1", "--port", str(port), "-t", str(threads), "-tb",
-        str(threads), "-np", str(STREAMS), "-c", str(STREAMS * CONTEXT_TOKENS), "--offline",
+        str(threads), "-np", str(STREAMS), "-c", str(STREAMS * context), "--offline",
     ]  # fmt: skip
     with _process(command, os.environ | {"LD_LIBRARY_PATH": str(SERVER.parent)}):
         server = Server(port, ours=False)

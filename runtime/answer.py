@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from runtime.engine import End, Event, Generation, Reason
+from runtime.generation import End, Event, Generation, Reason
 from runtime.registry import Loaded, Registry
 from runtime.sampling import Sampling
 from runtime.text import Detokeniser, Message, StopStrings

@@ -12,14 +12,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import StrEnum
 
 import structlog
 
+from runtime.generation import Deliveries, End, Generation, Reason, deliver_directly
 from runtime.model import PREFILL_TOKENS, Float, Model
-from runtime.prefix import BLOCK_TOKENS, Block, PrefixCache
-from runtime.sampling import Sampler, Sampling
+from runtime.prefix import BLOCK_TOKENS, PrefixCache
 from runtime.stats import Stats
 from wire.errors import Code, InferenceError
 
@@ -27,68 +25,6 @@ PADDING_LIMIT = 1.25
 """Prompts are read together when padding them makes at most this much of the work."""
 
 _log = structlog.get_logger(__name__)
-
-
-class Reason(StrEnum):
-    """Why an answer ended."""
-
-    STOP = "stop"
-    LENGTH = "length"
-    CANCELLED = "cancelled"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """Last event of a request; `error` when it failed."""
-
-    reason: Reason
-    error: InferenceError | None = None
-
-
-Event = int | End
-"""A token, or the end."""
-
-
-@dataclass(slots=True, eq=False)
-class Generation:
-    """One request; `sink` gets its events, in order, wherever the engine's `deliver` calls it."""
-
-    prompt: list[int]
-    max_tokens: int
-    sampling: Sampling
-    sink: Callable[[Event], None]
-    ends: frozenset[int] = frozenset()
-    """Tokens that end the answer and are no part of it."""
-    cancelled: Reason | None = None
-    """Set by Engine.cancel: how it is to end at the next step."""
-    # the engine's from here on
-    sampler: Sampler = field(init=False)
-    slot: int = -1
-    length: int = 0
-    """Tokens of it in the KV cache."""
-    cached: int = 0
-    """Tokens of the prompt that were copied instead of read."""
-    tokens: list[int] = field(init=False)
-    """Prompt and answer."""
-    kept: Block | None = None
-    """Its last block in the prefix cache, and how many tokens that makes."""
-    kept_tokens: int = 0
-    accepted_s: float = 0.0
-    first_token_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.sampler = Sampler(self.sampling)
-        self.tokens = list(self.prompt)
-
-
-Deliveries = list[tuple[Generation, Event]]
-
-
-def deliver_directly(deliveries: Deliveries) -> None:
-    """Call every sink on the engine's thread; a server hands the list to its event loop instead."""
-    for generation, event in deliveries:
-        generation.sink(event)
 
 
 class Engine:

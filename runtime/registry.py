@@ -16,7 +16,8 @@ import structlog
 
 from host.files import read_bounded
 from runtime.cpu import allowed_threads, detect_cpu
-from runtime.engine import Deliveries, Engine
+from runtime.engine import Engine
+from runtime.generation import Deliveries
 from runtime.memory import trim_heap
 from runtime.model import ONNXRUNTIME, Model, Shape, token_bytes
 from runtime.prefix import BLOCK_TOKENS

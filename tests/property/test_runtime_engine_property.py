@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from runtime_fixtures import base_version
 
-from runtime.engine import End, Engine, Event, Generation, Reason
+from runtime.engine import Engine
+from runtime.generation import End, Event, Generation, Reason
 from runtime.model import Model, Shape
 from runtime.sampling import Sampling
 from runtime.stats import Stats

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from runtime_fixtures import base_version, wait_for
 
-from runtime.engine import End, Engine, Event, Generation, Reason
+from runtime.engine import Engine
+from runtime.generation import End, Event, Generation, Reason
 from runtime.model import PREFILL_TOKENS, Model, Shape
 from runtime.prefix import BLOCK_TOKENS
 from runtime.sampling import Sampling

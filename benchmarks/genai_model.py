@@ -1,7 +1,8 @@
 """A version as onnxruntime-genai wants it: the graph with the inputs that its builder gives a CPU model.
 
-The builder itself needs torch, so its semantics are rebuilt on our graph with the same weights: `attention_mask`, which
-the graph sums and measures, instead of `seqlens_k` and `total_sequence_length`; logits are [B, S, vocab].
+The builder (models/builders/base.py in its wheel) needs torch, so what it does by default is rebuilt on our graph with the
+same weights: `attention_mask`, which the graph sums and measures, instead of `seqlens_k` and `total_sequence_length`;
+gate and up are matrices of their own (`fuse_mlp_gate_up` is off); logits are [B, S, vocab] (`prune_lm_head` is off).
 """
 
 import json
@@ -18,7 +19,7 @@ from benchmarks.decoder_models import HOME, Decoder
 
 def genai_of(decoder: Decoder, threads: int) -> Path:
     """A directory with model.onnx, its weights and genai_config.json."""
-    out = HOME / f"{decoder.directory.name}.genai"
+    out = HOME / f"{decoder.directory.name}.genai-unfused"
     out.mkdir(exist_ok=True)
     graph = out / "model.onnx"
     if not graph.is_file():
@@ -27,6 +28,7 @@ def genai_of(decoder: Decoder, threads: int) -> Path:
                 os.link(decoder.directory / entry.path, out / entry.path)
         model = onnx.load(str(decoder.directory / "model.onnx"), load_external_data=False)
         _ask_by_mask(model, decoder.version.config.vocab_size)
+        _part_gate_and_up(model.graph)
         graph.write_bytes(model.SerializeToString())
     (out / "genai_config.json").write_text(json.dumps(_config(decoder, threads)))
     return out
@@ -62,6 +64,48 @@ def _ask_by_mask(model: Any, vocab_size: int) -> None:
     others = [entry for entry in graph.output if entry.name != "logits"]
     del graph.output[:]
     graph.output.extend([logits, *others])
+
+
+def _part_gate_and_up(graph: Any) -> None:
+    """Two matrices, which are the halves of the rows of ours, instead of one and a Split."""
+    initializers = {entry.name: entry for entry in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        if node.op_type == "Split":
+            continue
+        if not node.output[0].endswith(".gate_up"):
+            nodes.append(node)
+            continue
+        for half, part in enumerate(("gate", "up")):
+            names = []
+            for name in node.input[1:]:
+                initializer = _half(initializers[name], half)
+                graph.initializer.append(initializer)
+                names.append(initializer.name)
+            output = node.output[0].removesuffix("gate_up") + part
+            other = helper.make_node("MatMulNBits", [node.input[0], *names], [output], domain=node.domain)
+            other.attribute.extend(node.attribute)
+            next(attribute for attribute in other.attribute if attribute.name == "N").i //= 2
+            nodes.append(other)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input}
+    kept = [entry for entry in graph.initializer if entry.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def _half(initializer: Any, half: int) -> Any:
+    """The first or second half of the rows of a tensor in weights.bin."""
+    out = TensorProto()
+    out.CopyFrom(initializer)
+    out.name = f"{initializer.name}.{half}"
+    out.dims[0] //= 2
+    where = {entry.key: entry for entry in out.external_data}
+    length = int(where["length"].value) // 2
+    where["length"].value = str(length)
+    where["offset"].value = str(int(where["offset"].value) + half * length)
+    return out
 
 
 def _config(decoder: Decoder, threads: int) -> dict[str, Any]:

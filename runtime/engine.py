@@ -3,9 +3,10 @@
 A step decodes one token of every running answer, then reads one chunk of one waiting prompt, or a few whole prompts
 that together are no longer than a chunk; requests join and leave between any two steps. Invariants: running answers
 hold slots 0..k-1; prompts being read hold slots at or above k, so an answer that leaves is replaced by the last one
-without touching them; the thread blocks when it has nothing to do. An exception of a step fails the requests that were
-in it and nothing else. Whole blocks of what was read or generated are kept at once, so that the next request that
-begins alike copies them, whether or not their donor still runs.
+without touching it; no step begins with a request that was cancelled, and a step that reads for nobody is cut short;
+the thread blocks when it has nothing to do. An exception of a step fails the requests that were in it and nothing else.
+Whole blocks of what was read or generated are kept at once, so that the next request that begins alike copies them,
+whether or not their donor still runs.
 """
 
 import threading
@@ -16,7 +17,7 @@ from collections.abc import Callable
 import structlog
 
 from runtime.generation import Deliveries, End, Generation, Reason, deliver_directly
-from runtime.model import PREFILL_TOKENS, Float, Model
+from runtime.model import PREFILL_TOKENS, Float, Interrupt, Model
 from runtime.prefix import BLOCK_TOKENS, PrefixCache
 from runtime.stats import Stats
 from wire.errors import Code, InferenceError
@@ -45,6 +46,8 @@ class Engine:
         self._running: list[Generation] = []
         self._reading: list[Generation] = []
         """One, or several that one step reads whole."""
+        self._interrupt = Interrupt()
+        """Of the step that reads them."""
         self._thread = threading.Thread(target=self._run, name=f"engine-{name}", daemon=True)
         self._thread.start()
 
@@ -83,17 +86,22 @@ class Engine:
         self.stats.began(len(generation.prompt))
 
     def cancel(self, generation: Generation, reason: Reason = Reason.CANCELLED) -> None:
-        """Stop working for a request, from any thread, before the next step; STOP means that it has all it wants."""
+        """Stop working for a request, from any thread: no step begins with it any more, and one that reads it alone
+        ends at its next node. STOP means that it has all it wants.
+        """
         with self._changed:
             generation.cancelled = reason
             if generation in self._waiting:
                 self._waiting.remove(generation)
                 self._open -= 1
+            elif generation in self._reading and not self._wanted():
+                self._interrupt.set()
 
     def close(self) -> None:
         """Cancel what is open, end the thread and give the model's memory back."""
         with self._changed:
             self._closed = True
+            self._interrupt.set()
             self._changed.notify()
         self._thread.join()
         self._model.close()
@@ -143,15 +151,21 @@ class Engine:
         together = self._reading = self._reading or self._next()
         if not together:
             return
+        with self._changed:
+            self._interrupt = interrupt = Interrupt()
+            if not self._wanted():  # cancelled while others decoded
+                return
         began_s = time.perf_counter()
         chunks = [g.prompt[g.length : g.length + PREFILL_TOKENS] for g in together]
         try:
             if len(together) == 1:
-                logits = self._model.prefill(together[0].slot, chunks[0], together[0].length)[None]
+                first = together[0]
+                logits = self._model.prefill(first.slot, chunks[0], first.length, interrupt=interrupt)[None]
             else:
-                logits = self._model.prefill_together(together[0].slot, chunks)
+                logits = self._model.prefill_together(together[0].slot, chunks, interrupt)
         except Exception as error:  # noqa: BLE001  as in _decode
-            self._fail(list(together), error)
+            if self._wanted():  # else it was interrupted
+                self._fail(list(together), error)
             return
         deliveries: Deliveries = []
         whole = 0
@@ -165,6 +179,10 @@ class Engine:
                 self._sample(generation, row, deliveries)
         self.stats.prefilled(whole, time.perf_counter() - began_s)
         self._finish(deliveries)
+
+    def _wanted(self) -> bool:
+        """Whether anybody waits for what is being read."""
+        return not self._closed and any(g.cancelled is None for g in self._reading)
 
     def _next(self) -> list[Generation]:
         """The next prompt to read, in the slot after the running ones, and those behind it that fit beside it."""

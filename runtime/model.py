@@ -55,6 +55,17 @@ def token_bytes(config: DecoderConfig) -> int:
     return 2 * config.layers * config.kv_heads * config.head_size * np.dtype(np.float32).itemsize
 
 
+class Interrupt:
+    """Ends one step from any thread: onnxruntime looks at it before every node of the graph."""
+
+    def __init__(self) -> None:
+        self.options = ort.RunOptions()
+
+    def set(self) -> None:
+        """Make the step raise, as soon as it runs or at once; what it has written of its slots is worth nothing."""
+        self.options.terminate = True
+
+
 @dataclass(slots=True)
 class _Bound:
     """A binding with the arrays it reads and writes; the arrays must live as long as it does."""
@@ -109,20 +120,26 @@ class Model:
         bound.session.run_with_iobinding(bound.binding)
         return bound.logits
 
-    def prefill(self, slot: int, tokens: list[int], length: int, *, wide: bool | None = None) -> Float:
+    def prefill(
+        self, slot: int, tokens: list[int], length: int, *, wide: bool | None = None, interrupt: Interrupt | None = None
+    ) -> Float:
         """Append `tokens` (at most PREFILL_TOKENS) to `slot`, which holds `length` tokens.
 
         `wide` names the session, the one that reads long chunks or the one that decodes; None: as the chunk's length
-        says. Returns logits float32 [vocab_size] of the last one, a view that the next prefill of the slot overwrites.
+        says. Returns logits float32 [vocab_size] of the last one, a view that the next prefill of the slot overwrites;
+        raises RuntimeError when `interrupt` is set meanwhile.
         """
         count = len(tokens)
         bound = self._reading_binding(slot, 1, count, wide)
         bound.seqlens[0] = length + count - 1
         bound.total[()] = length + count
-        logits: Float = self._read(bound, np.asarray([tokens], np.int64), np.full(1, count - 1, np.int64))[0]
+        ids, rows = np.asarray([tokens], np.int64), np.full(1, count - 1, np.int64)
+        logits: Float = self._read(bound, ids, rows, interrupt)[0]
         return logits
 
-    def prefill_together(self, slot: int, prompts: Sequence[Sequence[int]]) -> Float:
+    def prefill_together(
+        self, slot: int, prompts: Sequence[Sequence[int]], interrupt: Interrupt | None = None
+    ) -> Float:
         """Read whole prompts into the slots from `slot` on, in one step that pads them to the longest.
 
         Returns logits float32 [prompts, vocab_size] of their last tokens, a view that the next such step overwrites.
@@ -135,7 +152,7 @@ class Model:
         bound = self._reading_binding(slot, len(prompts), ids.size, None)
         bound.seqlens[:] = counts - 1
         bound.total[()] = longest
-        return self._read(bound, ids, np.arange(len(prompts)) * longest + counts - 1)
+        return self._read(bound, ids, np.arange(len(prompts)) * longest + counts - 1, interrupt)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the `length` tokens that slot `source` holds to slot `target`."""
@@ -183,12 +200,12 @@ class Model:
             self._prefillers[slot, prompts, wide] = bound
         return bound
 
-    def _read(self, bound: _Bound, ids: Int, rows: Int) -> Float:
+    def _read(self, bound: _Bound, ids: Int, rows: Int, interrupt: Interrupt | None) -> Float:
         """Run a binding whose chunk, unlike that of a decode step, has another length every time."""
         bound.values[:2] = [_value(ids), _value(rows)]
         bound.binding.bind_ortvalue_input("input_ids", bound.values[0])
         bound.binding.bind_ortvalue_input("logit_rows", bound.values[1])
-        bound.session.run_with_iobinding(bound.binding)
+        bound.session.run_with_iobinding(bound.binding, interrupt.options if interrupt is not None else None)
         return bound.logits
 
     def _bind(self, session: Any, slot: int, k: int, logit_rows: Int) -> _Bound:

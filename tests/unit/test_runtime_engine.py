@@ -1,9 +1,7 @@
 """The engine over the real sample model: what batching may change, and what it may not."""
 
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,29 +9,24 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from engine_requests import TOLERANCE, Asked, ask, check_greedy
+from engine_requests import load as load_sample
 from runtime_fixtures import base_version, wait_for
 
 from runtime.engine import Engine
-from runtime.generation import End, Event, Generation, Reason
-from runtime.model import PREFILL_TOKENS, Model, Shape
+from runtime.generation import Reason
+from runtime.model import PREFILL_TOKENS, Model
 from runtime.prefix import BLOCK_TOKENS
 from runtime.sampling import Sampling
 from runtime.stats import Stats
 from runtime.text import Text
 from wire.errors import Code, InferenceError
-from wire.serving import ExecutionOptions
 
-GREEDY = Sampling(temperature=0.0)
-TOLERANCE = 0.05
-"""How far, in standard deviations of the row, a token's logit may be below the best of the unbatched step: kernels for
-other batch sizes round differently. Measured differences are below 0.01."""
 SLOTS, CAPACITY, QUEUE, KEPT = 3, 512, 4, 64
 
 
 def load(slots: int = SLOTS, capacity: int = CAPACITY, kept_blocks: int = KEPT) -> Model:
-    version = base_version()
-    shape = Shape(slots, capacity, kept_blocks)
-    return Model(version.directory, version.document.config, shape, ExecutionOptions(threads=1))
+    return load_sample(slots, capacity, kept_blocks)
 
 
 @pytest.fixture(scope="module")
@@ -51,47 +44,6 @@ def engine() -> Iterator[Engine]:
     engine = Engine("test", load(), Stats(), max_queue=QUEUE)
     yield engine
     engine.close()
-
-
-@dataclass(slots=True)
-class Asked:
-    """One request and what came of it."""
-
-    generation: Generation = field(init=False)
-    tokens: list[int] = field(default_factory=list)
-    end: End | None = None
-    ended: threading.Event = field(default_factory=threading.Event)
-    some: threading.Event = field(default_factory=threading.Event)
-
-    def take(self, event: Event) -> None:
-        assert self.end is None, "an event after the end"
-        if isinstance(event, End):
-            self.end = event
-            self.ended.set()
-        else:
-            self.tokens.append(event)
-        self.some.set()
-
-    def wait(self) -> End:
-        assert self.ended.wait(20)
-        assert self.end is not None
-        return self.end
-
-
-def ask(engine: Engine, prompt: list[int], count: int, sampling: Sampling = GREEDY, **more: frozenset[int]) -> Asked:
-    asked = Asked()
-    asked.generation = Generation(prompt, count, sampling, asked.take, **more)
-    engine.submit(asked.generation)
-    return asked
-
-
-def check_greedy(reference: Model, prompt: list[int], tokens: list[int]) -> None:
-    """Every token must be the best of an unbatched, unchunked-by-others step, or as good within the tolerance."""
-    for position, token in enumerate(prompt):
-        row = reference.decode([token], [position])[0]
-    for position, token in enumerate(tokens):
-        assert row.max() - row[token] <= TOLERANCE * row.std(), f"token {position} is not what one step gives"
-        row = reference.decode([token], [len(prompt) + position])[0]
 
 
 def prompts(text: Text) -> list[list[int]]:

@@ -1,0 +1,64 @@
+"""Requests to an engine over the real sample model, and how their answers are judged."""
+
+import threading
+from dataclasses import dataclass, field
+
+from runtime_fixtures import base_version
+
+from runtime.engine import Engine
+from runtime.generation import End, Event, Generation
+from runtime.model import Model, Shape
+from runtime.sampling import Sampling
+from wire.serving import ExecutionOptions
+
+GREEDY = Sampling(temperature=0.0)
+TOLERANCE = 0.05
+"""How far, in standard deviations of the row, a token's logit may be below the best of the unbatched step: kernels for
+other batch sizes round differently. Measured differences are below 0.01."""
+
+
+def load(slots: int, capacity: int, kept_blocks: int = 0, kind: type[Model] = Model) -> Model:
+    version = base_version()
+    shape = Shape(slots, capacity, kept_blocks)
+    return kind(version.directory, version.document.config, shape, ExecutionOptions(threads=1))
+
+
+@dataclass(slots=True)
+class Asked:
+    """One request and what came of it."""
+
+    generation: Generation = field(init=False)
+    tokens: list[int] = field(default_factory=list)
+    end: End | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+    some: threading.Event = field(default_factory=threading.Event)
+
+    def take(self, event: Event) -> None:
+        assert self.end is None, "an event after the end"
+        if isinstance(event, End):
+            self.end = event
+            self.ended.set()
+        else:
+            self.tokens.append(event)
+        self.some.set()
+
+    def wait(self) -> End:
+        assert self.ended.wait(20)
+        assert self.end is not None
+        return self.end
+
+
+def ask(engine: Engine, prompt: list[int], count: int, sampling: Sampling = GREEDY, **more: frozenset[int]) -> Asked:
+    asked = Asked()
+    asked.generation = Generation(prompt, count, sampling, asked.take, **more)
+    engine.submit(asked.generation)
+    return asked
+
+
+def check_greedy(reference: Model, prompt: list[int], tokens: list[int]) -> None:
+    """Every token must be the best of an unbatched, unchunked-by-others step, or as good within the tolerance."""
+    for position, token in enumerate(prompt):
+        row = reference.decode([token], [position])[0]
+    for position, token in enumerate(tokens):
+        assert row.max() - row[token] <= TOLERANCE * row.std(), f"token {position} is not what one step gives"
+        row = reference.decode([token], [len(prompt) + position])[0]

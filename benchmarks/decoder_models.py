@@ -45,8 +45,8 @@ class Decoder:
 
 
 def smollm() -> Decoder:
-    """Random weights of SmolLM2-135M's shape, with the sample's tokenizer (4096 of the 49152 tokens have a text)."""
-    checkpoint = HOME / "smollm-135m-random"
+    """Random weights of SmolLM2-135M's shape, with the sample's tokenizer and made-up words for its further tokens."""
+    checkpoint = HOME / "smollm-135m-of-chance"
     if not checkpoint.is_dir():
         temporary = checkpoint.with_name(f".{checkpoint.name}.writing")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -54,7 +54,7 @@ def smollm() -> Decoder:
         Console(stderr=True).print("making random weights of SmolLM2-135M's shape")
         save_file(dict(random_tensors()), temporary / "model.safetensors")
         (temporary / "config.json").write_text(json.dumps(SMOLLM))
-        shutil.copyfile(SAMPLE / "tokenizer.json", temporary / "tokenizer.json")
+        (temporary / "tokenizer.json").write_text(_tokenizer(SMOLLM["vocab_size"]))
         temporary.rename(checkpoint)
     return _built("smollm-135m", checkpoint)
 
@@ -87,10 +87,18 @@ def random_tensors() -> Iterator[tuple[str, NDArray[np.float16]]]:
     yield "model.norm.weight", np.ones(hidden, np.float16)
 
 
+def _tokenizer(size: int) -> str:
+    """The sample's tokenizer.json with a word of its own for every token up to `size`, so that all give text."""
+    tokenizer: dict[str, Any] = json.loads((SAMPLE / "tokenizer.json").read_text())
+    vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
+    vocabulary |= {f"\u0120word{token}": token for token in range(len(vocabulary), size)}
+    return json.dumps(tokenizer)
+
+
 def _built(name: str, checkpoint: Path) -> Decoder:
     """Built again whenever the forge makes another graph."""
     sources = sorted((ROOT / "forge").glob("*.py"))
-    directory = HOME / f"{name}-{digest_of(b''.join(path.read_bytes() for path in sources))[:12]}"
+    directory = HOME / f"{checkpoint.name}-{digest_of(b''.join(path.read_bytes() for path in sources))[:12]}"
     if not (directory / VERSION_FILE).is_file():
         HOME.mkdir(parents=True, exist_ok=True)
         Console(stderr=True).print(f"building {name}")

@@ -1,8 +1,9 @@
 """A version as onnxruntime-genai wants it: the graph with the inputs that its builder gives a CPU model.
 
-The builder (models/builders/base.py in its wheel) needs torch, so what it does by default is rebuilt on our graph with the
-same weights: `attention_mask`, which the graph sums and measures, instead of `seqlens_k` and `total_sequence_length`;
-gate and up are matrices of their own (`fuse_mlp_gate_up` is off); logits are [B, S, vocab] (`prune_lm_head` is off).
+The builder (models/builders/base.py in its wheel) needs torch, so what it does by default is rebuilt on our graph with
+the same weights: `attention_mask`, which the graph sums and measures, instead of `seqlens_k` and
+`total_sequence_length`; gate and up are matrices of their own (`fuse_mlp_gate_up` is off); logits are [B, S, vocab]
+(`prune_lm_head` is off).
 """
 
 import json

@@ -7,9 +7,6 @@ Every prompt of the eight streams is new, so that no prefix cache helps; the war
 import json
 import os
 import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,18 +16,16 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.decoder_models import ROOT, Decoder
+from benchmarks.decoder_models import Decoder
 from benchmarks.decoders import CONTEXT_TOKENS, LLAMA, MODELS, probed_options
 from benchmarks.gguf_writer import gguf_of
 from benchmarks.harness import PeerAbsent, Row, Samples, Subject, at_least, measure, row, rows_against
+from benchmarks.runtime_server import MODEL, READY_TIMEOUT_S, running, runtime_server
 from host.unix_http import UnixConnection
 from runtime.cpu import allowed_threads
-from wire.documents import encode_document
-from wire.serving import Serving, ServingModel
 
 STREAMS, PROMPT_TOKENS, ANSWER_TOKENS = 8, 64, 64
 LONG_PROMPT_TOKENS, MORE_TOKENS = 1000, 8
-READY_TIMEOUT_S = 120.0
 SERVER = LLAMA / "build" / "bin" / "llama-server"
 PEER = "llama-server"
 
@@ -45,7 +40,7 @@ class Server:
     def complete(self, prompt: list[int], count: int) -> None:
         """Wait for the whole answer. Raises RuntimeError when it is not 200 or not as long as it was asked for."""
         body: dict[str, Any] = {"prompt": prompt, "temperature": 0, "ignore_eos": True}
-        body |= {"model": "bench", "max_tokens": count} if self.ours else {"n_predict": count, "cache_prompt": True}
+        body |= {"model": MODEL, "max_tokens": count} if self.ours else {"n_predict": count, "cache_prompt": True}
         answer = self._ask("POST", "/v1/completions" if self.ours else "/completion", body)
         made = answer["usage"]["completion_tokens"] if self.ours else answer["tokens_predicted"]
         if made != count:
@@ -158,25 +153,11 @@ def _warm(server: Server | PeerAbsent, seeds: Iterator[int]) -> Subject:
 
 @contextmanager
 def _ours(decoder: Decoder, threads: int) -> Iterator[Server]:
-    """The runtime over a store of its own, with the options that its probe chooses."""
-    with tempfile.TemporaryDirectory(prefix="amperage-bench-") as folder:
-        home, decoded = Path(folder), decoder.version.decoded_digest()
-        (home / "store" / "versions").mkdir(parents=True)
-        (home / "store" / "versions" / decoded).symlink_to(decoder.directory)
-        entry = ServingModel(
-            model="bench", release="0" * 64, version="1", decoded=decoded, cpu="bench", onnxruntime="bench",
-            options=probed_options(decoder, threads),
-        )  # fmt: skip
-        (home / "store" / "serving.json").write_bytes(encode_document(Serving(models=(entry,))))
-        (home / "runtime.toml").write_text(
-            f'store = "{home}/store"\npublic_socket = "{home}/public.sock"\nadmin_socket = "{home}/admin.sock"\n'
-            f'max_slots = {STREAMS}\ncontext_tokens = {CONTEXT_TOKENS}\nlog_level = "error"\n'
-        )
-        command = [sys.executable, "-P", "-m", "runtime.main", "serve", "--settings", str(home / "runtime.toml")]
-        with _process(command, dict(os.environ)):
-            server = Server(home / "public.sock", ours=True)
-            server.await_ready()
-            yield server
+    """The runtime with the options that its probe chooses."""
+    settings = {"max_slots": STREAMS, "context_tokens": CONTEXT_TOKENS}
+    options = probed_options(decoder, threads)
+    with runtime_server([(decoder.directory, decoder.version)], options, settings) as server:
+        yield Server(server.public, ours=True)
 
 
 @contextmanager
@@ -190,17 +171,7 @@ def _theirs(decoder: Decoder, threads: int) -> Iterator[Server]:
         str(SERVER), "-m", str(gguf_of(decoder)), "--host", "127.0.0.1", "--port", str(port), "-t", str(threads), "-tb",
         str(threads), "-np", str(STREAMS), "-c", str(STREAMS * context), "--offline",
     ]  # fmt: skip
-    with _process(command, os.environ | {"LD_LIBRARY_PATH": str(SERVER.parent)}):
+    with running(command, os.environ | {"LD_LIBRARY_PATH": str(SERVER.parent)}):
         server = Server(port, ours=False)
         server.await_ready()
         yield server
-
-
-@contextmanager
-def _process(command: list[str], environment: dict[str, str]) -> Iterator[None]:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=ROOT)
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()

@@ -1,6 +1,7 @@
 """Our runtime as a process of its own over a store of its own, for the benchmarks that ask it over its sockets."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -38,9 +39,27 @@ class RuntimeServer:
     def serve(self, version: VersionDocument) -> None:
         """Name `version` in serving.json and have it loaded; returns when it takes requests."""
         _name(self.home, version, self.options)
-        answer = request(self.home / "admin.sock", "POST", f"/v2/repository/models/{MODEL}/load", b"{}", timeout_s=60.0)
+        self._ask(f"/v2/repository/models/{MODEL}/load")
+
+    def settle(self) -> None:
+        """Return when what drained is closed and its memory was given back, which happens after it is off the list."""
+        while any(row["draining"] for row in json.loads(self._ask("/v2/repository/index"))):
+            time.sleep(0.05)
+        before = math.inf
+        while (now := self.rss_bytes()) < before:
+            before = now
+            time.sleep(1.0)
+
+    def rss_bytes(self) -> int:
+        """Resident memory of the process."""
+        rows = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in rows if line.startswith("VmRSS:"))
+
+    def _ask(self, target: str) -> bytes:
+        answer = request(self.home / "admin.sock", "POST", target, b"{}", timeout_s=60.0)
         if answer.status != 200:
             raise RuntimeError(answer.body[:300].decode(errors="replace"))
+        return answer.body
 
 
 @contextmanager

@@ -135,14 +135,9 @@ def _growth(server: RuntimeServer, documents: list[VersionDocument]) -> float:
         server.serve(documents[number % 2])
         load.stream([number % 4000 + 3] * PROMPT_TOKENS)
         if number in (SETTLED_SWAPS, SWAPS):
-            time.sleep(1.0)  # what drained is dropped after the answer to the swap
-            rss[number] = _rss_bytes(server.pid)
+            server.settle()
+            rss[number] = server.rss_bytes()
     return rss[SWAPS] / rss[SETTLED_SWAPS]
-
-
-def _rss_bytes(pid: int) -> int:
-    rows = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in rows if line.startswith("VmRSS:"))
 
 
 @contextmanager

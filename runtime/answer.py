@@ -12,7 +12,7 @@ from typing import Self
 
 from runtime.generation import End, Event, Generation, Reason
 from runtime.registry import Loaded, Registry
-from runtime.sampling import Sampling
+from runtime.sampling import Sampling, Scored
 from runtime.text import Detokeniser, Message, StopStrings
 from wire.errors import Code, InferenceError
 
@@ -116,7 +116,7 @@ class Answer:
                     return "".join(pieces), End(Reason.STOP)
                 return "".join((*pieces, stops.finish())), event
             self.completion_tokens += 1
-            pieces.append(stops.feed(detokeniser.feed(event)))
+            pieces.append(stops.feed(detokeniser.feed(event.token if isinstance(event, Scored) else event)))
             if stops.stopped:
                 return "".join(pieces), End(Reason.STOP)
         return "".join(pieces), None

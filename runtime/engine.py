@@ -7,6 +7,10 @@ without touching it; no step begins with a request that was cancelled, and a ste
 the thread blocks when it has nothing to do. An exception of a step fails the requests that were in it and nothing else.
 Whole blocks of what was read or generated are kept at once, so that the next request that begins alike copies them,
 whether or not their donor still runs.
+
+Kernels for other batch sizes round differently. A request that is `alone` therefore shares no step and no kept block
+with others: it is read from its first token in chunks of PREFILL_TOKENS and decoded by steps of one token of one slot,
+so that its logits have the same bits whatever else runs.
 """
 
 import threading
@@ -19,6 +23,7 @@ import structlog
 from runtime.generation import Deliveries, End, Generation, Reason, deliver_directly
 from runtime.model import PREFILL_TOKENS, Float, Interrupt, Model
 from runtime.prefix import BLOCK_TOKENS, PrefixCache
+from runtime.sampling import score
 from runtime.stats import Stats
 from wire.errors import Code, InferenceError
 
@@ -129,21 +134,32 @@ class Engine:
 
     def _decode(self) -> None:
         """One token for every running answer."""
-        running = self._running
-        if not running:
-            return
+        together = max((g.slot + 1 for g in self._running if not g.alone), default=0)
+        if together:
+            # slots in between that are alone run along; their own steps write the same position again
+            self._step(self._running[:together], alone=False)
+        for generation in [g for g in self._running if g.alone]:
+            self._step([generation], alone=True)
+
+    def _step(self, rows: list[Generation], *, alone: bool) -> None:
+        """One token for those of `rows` that are, or are not, alone."""
         began_s = time.perf_counter()
+        tokens, lengths = [g.tokens[-1] for g in rows], [g.length for g in rows]
+        wanted = [(row, g) for row, g in enumerate(rows) if g.alone == alone]
         try:
-            logits = self._model.decode([g.tokens[-1] for g in running], [g.length for g in running])
+            if alone:
+                logits = self._model.prefill(rows[0].slot, tokens, lengths[0], wide=False)[None]
+            else:
+                logits = self._model.decode(tokens, lengths)
         except Exception as error:  # noqa: BLE001  onnxruntime raises a dozen unrelated types; the thread must go on
-            self._fail(list(running), error)
+            self._fail([generation for _, generation in wanted], error)
             return
         deliveries: Deliveries = []
-        for row, generation in enumerate(running):
+        for row, generation in wanted:
             generation.length += 1
             self._keep(generation)
             self._sample(generation, logits[row], deliveries)
-        self.stats.decoded(len(running), time.perf_counter() - began_s)
+        self.stats.decoded(len(wanted), time.perf_counter() - began_s)
         self._finish(deliveries)
 
     def _read(self) -> None:
@@ -163,7 +179,7 @@ class Engine:
                 logits = self._model.prefill(first.slot, chunks[0], first.length, interrupt=interrupt)[None]
             else:
                 logits = self._model.prefill_together(together[0].slot, chunks, interrupt)
-        except Exception as error:  # noqa: BLE001  as in _decode
+        except Exception as error:  # noqa: BLE001  as in _step
             if self._wanted():  # else it was interrupted
                 self._fail(list(together), error)
             return
@@ -208,6 +224,8 @@ class Engine:
         """
         counts = [len(g.prompt) for g in (*together, other)]
         padded = max(counts) * len(counts)
+        if together[0].alone or other.alone:
+            return False
         if together[0].length or padded > PREFILL_TOKENS or padded > PADDING_LIMIT * sum(counts):
             return False
         beginning = other.prompt[:BLOCK_TOKENS]
@@ -216,6 +234,8 @@ class Engine:
 
     def _recall(self, generation: Generation) -> None:
         """Copy what is kept of its prompt but the last token, whose logits are wanted."""
+        if generation.alone:
+            return
         blocks = self._prefixes.match(generation.prompt[:-1])
         if blocks:
             self._model.recall([block.row for block in blocks], generation.slot)
@@ -253,7 +273,8 @@ class Engine:
         if token in generation.ends:
             deliveries.append((generation, End(Reason.STOP)))
             return
-        deliveries.append((generation, token))
+        event = token if generation.top_logprobs is None else score(logits, token, generation.top_logprobs)
+        deliveries.append((generation, event))
         if len(generation.tokens) - len(generation.prompt) >= generation.max_tokens:
             deliveries.append((generation, End(Reason.LENGTH)))
 

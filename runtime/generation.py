@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from runtime.prefix import Block
-from runtime.sampling import Sampler, Sampling
+from runtime.sampling import Sampler, Sampling, Scored
 from wire.errors import InferenceError
 
 
@@ -26,8 +26,8 @@ class End:
     error: InferenceError | None = None
 
 
-Event = int | End
-"""A token, or the end."""
+Event = int | Scored | End
+"""A token, with its log probability when that was asked for, or the end."""
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +40,10 @@ class Generation:
     sink: Callable[[Event], None]
     ends: frozenset[int] = frozenset()
     """Tokens that end the answer and are no part of it."""
+    alone: bool = False
+    """Whether its steps are its own, so that what else runs changes no bit of its logits."""
+    top_logprobs: int | None = None
+    """How many alternatives come with the log probability of each token; None: tokens come without."""
     cancelled: Reason | None = None
     """Set by Engine.cancel: how it is to end at the next step."""
     # the engine's from here on

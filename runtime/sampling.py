@@ -4,6 +4,7 @@ Pure but for the generator's state; the same seed gives the same tokens for the 
 batch sizes differ in their last bits (docs/design.md), so that a seed promises no equal text under another load.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,15 @@ class Sampling:
     seed: int | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A token with its natural log probability, and the most probable tokens of its place, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 class Sampler:
@@ -95,3 +105,15 @@ def _largest(
     scaled = (logits - logits[order[0]]).astype(np.float64) / temperature
     weights = np.exp(scaled[order])
     return order, weights, float(weights.sum() / np.exp(scaled).sum())
+
+
+def score(logits: NDArray[np.float32], token: int, top: int) -> Scored:
+    """`token` and the `top` best by the log-softmax of `logits` float32 [vocab_size], as the model gave them."""
+    top = min(top, logits.size)
+    peak = logits.max()
+    normaliser = float(peak) + math.log(float(np.exp(logits - peak).sum(dtype=np.float64)))
+    best = np.argpartition(logits, -top)[-top:] if 0 < top < logits.size else np.arange(top)
+    best = best[np.argsort(-logits[best], kind="stable")]
+    return Scored(
+        token, float(logits[token]) - normaliser, tuple((int(at), float(logits[at]) - normaliser) for at in best)
+    )

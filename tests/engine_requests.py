@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import dataclass, field
+from typing import Any
 
 from runtime_fixtures import base_version
 
@@ -28,7 +29,8 @@ class Asked:
     """One request and what came of it."""
 
     generation: Generation = field(init=False)
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[Any] = field(default_factory=list)
+    """Scored ones where log probabilities were asked for."""
     end: End | None = None
     ended: threading.Event = field(default_factory=threading.Event)
     some: threading.Event = field(default_factory=threading.Event)
@@ -48,7 +50,7 @@ class Asked:
         return self.end
 
 
-def ask(engine: Engine, prompt: list[int], count: int, sampling: Sampling = GREEDY, **more: frozenset[int]) -> Asked:
+def ask(engine: Engine, prompt: list[int], count: int, sampling: Sampling = GREEDY, **more: Any) -> Asked:
     asked = Asked()
     asked.generation = Generation(prompt, count, sampling, asked.take, **more)
     engine.submit(asked.generation)

@@ -7,7 +7,9 @@ Blocks kept for other requests (runtime/prefix.py) are beside the slab and are c
 """
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,10 @@ multiplied there (docs/adr/0009). onnxruntime has the setting on x86 only."""
 SPIN_DURATION_US = 200
 """How long a thread of the pool spins for the next kernel of a step; between steps and when idle it sleeps."""
 
+NO_FLASH_VARIABLE = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+
 ONNXRUNTIME: str = ort.__version__
+_environment = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +255,20 @@ def _session(graph: Path, options: ExecutionOptions, config: dict[str, str]) -> 
         settings.add_session_config_entry(key, value)
     if options.provider not in ort.get_available_providers():
         raise DeployError(Code.LOAD_FAILED, f"this onnxruntime has no {options.provider}; probe the version again")
-    try:
-        return ort.InferenceSession(str(graph), settings, providers=[options.provider])
-    except Exception as error:
-        raise DeployError(Code.LOAD_FAILED, f"onnxruntime refuses {graph}: {str(error)[:500]}") from error
+    with _attention(flash=options.flash_attention):
+        try:
+            return ort.InferenceSession(str(graph), settings, providers=[options.provider])
+        except Exception as error:
+            raise DeployError(Code.LOAD_FAILED, f"onnxruntime refuses {graph}: {str(error)[:500]}") from error
+
+
+@contextmanager
+def _attention(*, flash: bool) -> Iterator[None]:
+    """Which attention the kernels made meanwhile will use: each asks the environment when it is made."""
+    with _environment:
+        if not flash:
+            os.environ[NO_FLASH_VARIABLE] = "1"
+        try:
+            yield
+        finally:
+            os.environ.pop(NO_FLASH_VARIABLE, None)

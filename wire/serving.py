@@ -22,6 +22,8 @@ class ExecutionOptions(Command):
     threads: Annotated[int, Field(ge=1, le=1024)]
     spinning: bool = False
     session_config: dict[str, str] = {}
+    flash_attention: bool = True
+    """Attention by tiles, which onnxruntime does of itself; False: by whole matrices, with more memory for a step."""
     reading_config: dict[str, str] | None = None
     """Settings of a second session that reads long pieces of prompts, with a packed copy of the weights of its own;
     None: one session does both."""

@@ -1,5 +1,6 @@
-"""One model, two sessions: prompts read by kernels of their own, on the same slab."""
+"""Ways to run one model: prompts read by a session of their own on the same slab, and the other attention."""
 
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -12,13 +13,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from runtime_fixtures import base_version
 
-from runtime.model import FLOAT_ACTIVATIONS, PREFILL_TOKENS, WIDE_TOKENS, Model, Shape
+from runtime.model import FLOAT_ACTIVATIONS, NO_FLASH_VARIABLE, PREFILL_TOKENS, WIDE_TOKENS, Model, Shape
 from wire.serving import ExecutionOptions
 
 TOLERANCE = 0.05
 """RMS difference of logits between kernels as a share of their deviation; measured 0.004 to 0.01."""
 
-pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86 has other kernels for prompts")
+only_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86 has other kernels for prompts")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,7 @@ def error(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(one - other))) / other.std())
 
 
+@only_x86
 def test_both_sessions_read_a_chunk_alike_but_not_with_the_same_kernels(model: Model) -> None:
     tokens = prompt(PREFILL_TOKENS)
     wide = model.prefill(0, tokens, 0, wide=True).copy()
@@ -45,6 +47,7 @@ def test_both_sessions_read_a_chunk_alike_but_not_with_the_same_kernels(model: M
     assert 0 < error(wide, narrow) < TOLERANCE
 
 
+@only_x86
 @pytest.mark.parametrize(("count", "wide"), [(WIDE_TOKENS - 1, False), (WIDE_TOKENS, True)])
 def test_the_length_of_a_chunk_chooses_its_session(model: Model, count: int, wide: bool) -> None:
     tokens = prompt(count)
@@ -52,9 +55,23 @@ def test_the_length_of_a_chunk_chooses_its_session(model: Model, count: int, wid
     assert np.array_equal(model.prefill(0, tokens, 0), told)
 
 
+@only_x86
 def test_decoding_goes_on_from_what_the_other_session_read(model: Model) -> None:
     tokens = prompt(64)
     model.prefill(0, tokens, 0, wide=True)
     after_wide = model.decode([7], [64])[0].copy()
     model.prefill(0, tokens, 0, wide=False)
     assert error(after_wide, model.decode([7], [64])[0]) < TOLERANCE
+
+
+def test_attention_is_chosen_for_each_model_by_itself() -> None:
+    version = base_version()
+    read = []
+    for flash in (True, False, True):
+        options = ExecutionOptions(threads=1, flash_attention=flash)
+        model = Model(version.directory, version.document.config, Shape(1, 512), options)
+        assert NO_FLASH_VARIABLE not in os.environ
+        read.append(model.prefill(0, prompt(PREFILL_TOKENS), 0).copy())
+        model.close()
+    assert np.array_equal(read[0], read[2])
+    assert 0 < error(read[0], read[1]) < TOLERANCE

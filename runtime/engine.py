@@ -22,6 +22,7 @@ import structlog
 
 from runtime.generation import Deliveries, End, Generation, Reason, deliver_directly
 from runtime.model import PREFILL_TOKENS, Float, Interrupt, Model
+from runtime.pace import Pace
 from runtime.prefix import BLOCK_TOKENS, PrefixCache
 from runtime.sampling import score
 from runtime.stats import Stats
@@ -42,6 +43,7 @@ class Engine:
     ) -> None:  # fmt: skip
         self._model, self.stats, self._deliver = model, stats, deliver
         self._prefixes = PrefixCache(model.shape.kept_blocks)
+        self._pace = Pace()
         self._vocab_size = model.config.vocab_size
         self._open_limit = model.shape.slots + max_queue
         self._changed = threading.Condition()
@@ -172,7 +174,8 @@ class Engine:
             if not self._wanted():  # cancelled while others decoded
                 return
         began_s = time.perf_counter()
-        chunks = [g.prompt[g.length : g.length + PREFILL_TOKENS] for g in together]
+        limit = PREFILL_TOKENS if together[0].alone else self._chunk_tokens()
+        chunks = [g.prompt[g.length : g.length + limit] for g in together]
         try:
             if len(together) == 1:
                 first = together[0]
@@ -193,8 +196,14 @@ class Engine:
                 self._join(generation)
                 generation.first_token_s = time.perf_counter()
                 self._sample(generation, row, deliveries)
-        self.stats.prefilled(whole, time.perf_counter() - began_s)
+        span_s = time.perf_counter() - began_s
+        self._pace.note(sum(map(len, chunks)), span_s)
+        self.stats.prefilled(whole, span_s)
         self._finish(deliveries)
+
+    def _chunk_tokens(self) -> int:
+        """How many tokens a step may read now."""
+        return self._pace.tokens() if self._running else PREFILL_TOKENS
 
     def _wanted(self) -> bool:
         """Whether anybody waits for what is being read."""
@@ -226,7 +235,7 @@ class Engine:
         padded = max(counts) * len(counts)
         if together[0].alone or other.alone:
             return False
-        if together[0].length or padded > PREFILL_TOKENS or padded > PADDING_LIMIT * sum(counts):
+        if together[0].length or padded > self._chunk_tokens() or padded > PADDING_LIMIT * sum(counts):
             return False
         beginning = other.prompt[:BLOCK_TOKENS]
         alike = len(other.prompt) > BLOCK_TOKENS and any(g.prompt[:BLOCK_TOKENS] == beginning for g in together)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from runtime_fixtures import base_version, wait_for
 
 from runtime.engine import Engine
 from runtime.generation import Reason
-from runtime.model import PREFILL_TOKENS, Model
+from runtime.model import PREFILL_TOKENS, WIDE_TOKENS, Model
 from runtime.prefix import BLOCK_TOKENS
 from runtime.sampling import Sampling
 from runtime.stats import Stats
@@ -137,6 +138,27 @@ def test_prompts_that_do_not_fit_into_one_step_are_read_one_by_one(
         assert one.wait().reason is Reason.LENGTH
         check_greedy(reference, prompt, one.tokens)
     assert together(engine) == set()
+
+
+def test_chunks_are_short_while_somebody_waits_for_a_slow_model(
+    engine: Engine, reference: Model, text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks: list[int] = []
+    prefill = engine._model.prefill
+
+    def seen(slot: int, tokens: list[int], length: int, **more: Any) -> Any:
+        chunks.append(len(tokens))
+        engine._pace.note(1, 1.0)
+        return prefill(slot, tokens, length, **more)
+
+    monkeypatch.setattr(engine._model, "prefill", seen)
+    running = ask(engine, prompts(text)[1], 300)
+    assert running.some.wait(20)
+    joined = ask(engine, prompts(text)[3], 10)
+    assert joined.wait().reason is Reason.LENGTH
+    assert running.end is None, "the other was meant to be still running"
+    assert chunks == [20, *[WIDE_TOKENS] * 8, 17]
+    check_greedy(reference, prompts(text)[3], joined.tokens)
 
 
 def test_prompts_that_begin_alike_are_not_read_twice_in_one_step(engine: Engine, text: Text) -> None:

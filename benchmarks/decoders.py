@@ -83,7 +83,8 @@ class Ours:
     """The runtime's model with the options that its probe chooses, without HTTP."""
 
     def __init__(self, decoder: Decoder, threads: int) -> None:
-        from runtime.model import Model, Shape
+        from runtime.model import Model
+        from runtime.slab import Shape
 
         options = probed_options(decoder, threads)
         shape = Shape(1, min(CONTEXT_TOKENS, decoder.version.config.context_tokens))

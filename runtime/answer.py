@@ -29,6 +29,8 @@ class Wanted:
     sampling: Sampling
     stops: tuple[str, ...] = ()
     max_tokens: int | None = None
+    default_tokens: int | None = None
+    """Bound of the answer without `max_tokens`, if the context has so much left."""
     ignore_eos: bool = False
 
 
@@ -57,7 +59,7 @@ class Answer:
             tokens = await self._tokens() or self._beginning()
             self.prompt_tokens = len(tokens)
             generation = Generation(
-                tokens, self._wanted.max_tokens or self.version.capacity, self._wanted.sampling, self._take,
+                tokens, self._max_tokens(), self._wanted.sampling, self._take,
                 frozenset() if self._wanted.ignore_eos else frozenset(self.version.document.config.eos_token_ids),
             )  # fmt: skip
             self.version.engine.submit(generation)
@@ -137,6 +139,10 @@ class Answer:
             size = sum(len(message["content"]) for message in messages)
             return await _run(size, lambda: text.encode(text.render(messages), special=False))
         return [token for token in prompt if isinstance(token, int)]
+
+    def _max_tokens(self) -> int:
+        left = max(1, self.version.capacity - self.prompt_tokens)
+        return self._wanted.max_tokens or min(left, self._wanted.default_tokens or left)
 
     def _beginning(self) -> list[int]:
         """What stands for an empty prompt."""

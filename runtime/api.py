@@ -84,7 +84,7 @@ async def chat_completions(request: Request) -> Response:
     body = parse_body(ChatRequest, await read_body(request))
     wanted = Wanted(
         body.model, [message.plain() for message in body.messages], body.sampling(), body.stops(),
-        body.wanted_tokens(), body.ignore_eos,
+        body.wanted_tokens(), body.default_tokens, body.ignore_eos,
     )  # fmt: skip
     return await _complete(request, CHAT, body, wanted)
 
@@ -93,7 +93,9 @@ async def completions(request: Request) -> Response:
     """POST /v1/completions."""
     body = parse_body(CompletionRequest, await read_body(request))
     prompt = body.prompt[0] if isinstance(body.prompt, tuple) and isinstance(body.prompt[0], str) else body.prompt
-    wanted = Wanted(body.model, prompt, body.sampling(), body.stops(), body.wanted_tokens(), body.ignore_eos)
+    wanted = Wanted(
+        body.model, prompt, body.sampling(), body.stops(), body.wanted_tokens(), body.default_tokens, body.ignore_eos
+    )
     return await _complete(request, TEXT, body, wanted)
 
 

@@ -4,7 +4,7 @@ A field that would change the answer and is not supported is refused, never igno
 (`user`, `metadata`, `store`) are taken. Names and meanings: OpenAI API reference, chat and completions.
 """
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -54,6 +54,9 @@ class TextFormat(_Body):
 
 
 class _Request(_Body):
+    default_tokens: ClassVar[int | None] = None
+    """Bound of the answer when `max_tokens` was left out; the context's end bounds it, too."""
+
     model: Annotated[str, Field(min_length=1, max_length=200)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -90,7 +93,7 @@ class _Request(_Body):
         return (self.stop,) if isinstance(self.stop, str) else self.stop or ()
 
     def wanted_tokens(self) -> int | None:
-        """Bound of the answer, None when the context is the bound."""
+        """Bound of the answer that must fit the context, None when it was left out."""
         return self.max_tokens
 
 
@@ -113,6 +116,8 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """Body of POST /v1/completions. A prompt of numbers is tokens."""
 
+    default_tokens: ClassVar[int | None] = 16  # OpenAI's
+
     prompt: (
         Content
         | Annotated[tuple[Content], Field()]
@@ -122,10 +127,6 @@ class CompletionRequest(_Request):
     best_of: Literal[1] | None = None
     suffix: None = None
     logprobs: None = None
-
-    def wanted_tokens(self) -> int | None:
-        """16 when absent, as OpenAI has it."""
-        return self.max_tokens or 16
 
 
 Body = TypeVar("Body", bound=BaseModel)

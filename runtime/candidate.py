@@ -17,7 +17,8 @@ from pathlib import Path
 
 from runtime.cpu import allowed_threads, detect_cpu
 from runtime.golden import Judgement, judge_model, read_golden, run_prompt
-from runtime.model import FLOAT_ACTIVATIONS, ONNXRUNTIME, PREFILL_TOKENS, WIDE_TOKENS, Model, Shape
+from runtime.model import FLOAT_ACTIVATIONS, ONNXRUNTIME, PREFILL_TOKENS, WIDE_TOKENS, Model
+from runtime.slab import Shape
 from runtime.text import Text
 from runtime.version import open_version, weights_bytes
 from wire.errors import AmperageError, Code, DeployError

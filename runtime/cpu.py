@@ -8,14 +8,10 @@ import ctypes
 import os
 import platform
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from host.files import read_bounded
-from wire.errors import StoreError
-
-_FILE_LIMIT_BYTES = 4 << 20
+from runtime.cgroup import groups_of, read_text
 
 ARM_CORES = {
     ("0x41", "0xd0c"): "neoverse-n1",  # Ampere Altra, Altra Max
@@ -51,7 +47,7 @@ class Cpu:
 def detect_cpu(root: Path = Path("/"), machine: str | None = None, hwcap: tuple[int, int] | None = None) -> Cpu:
     """The CPU that this process runs on. `hwcap` is (AT_HWCAP, AT_HWCAP2), from the auxiliary vector by default."""
     machine = machine or platform.machine()
-    cpuinfo = _read(root / "proc/cpuinfo")
+    cpuinfo = read_text(root / "proc/cpuinfo")
     if machine in ("aarch64", "arm64"):
         return Cpu("aarch64", _arm_core(cpuinfo), _arm_features(hwcap or _auxiliary()))
     flags = set(_field(cpuinfo, "flags").split())
@@ -76,34 +72,19 @@ def allowed_threads(setting: int = 0, root: Path = Path("/")) -> int:
 
 def cgroup_quota(root: Path = Path("/")) -> float | None:
     """CPUs that the cgroups of this process may use, the least of all levels; None when nothing limits them."""
-    quotas: list[float] = []
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        names = controllers.split(",")
-        if not controllers:
-            quotas += _walk(root / "sys/fs/cgroup", path, _quota_v2)
-        elif "cpu" in names:
-            quotas += _walk(root / "sys/fs/cgroup" / controllers, path, _quota_v1)
-            quotas += _walk(root / "sys/fs/cgroup/cpu", path, _quota_v1)
-    return min(quotas, default=None)
-
-
-def _walk(mount: Path, path: str, read: Callable[[Path], float | None]) -> list[float]:
-    """Quotas of the group `path` and every group above it up to the mount."""
-    parts = [part for part in path.split("/") if part not in ("", "..")]
-    groups = [mount.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)]
-    return [quota for group in groups if (quota := read(group)) is not None]
+    quotas = [_quota_v2(group) if version == 2 else _quota_v1(group) for version, group in groups_of("cpu", root)]
+    return min((quota for quota in quotas if quota is not None), default=None)
 
 
 def _quota_v2(group: Path) -> float | None:
-    words = _read(group / "cpu.max").split()
+    words = read_text(group / "cpu.max").split()
     if len(words) != 2 or not all(word.isdigit() for word in words) or words[1] == "0":
         return None  # "max 100000", or a group without the controller
     return int(words[0]) / int(words[1])
 
 
 def _quota_v1(group: Path) -> float | None:
-    quota, period = (_read(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+    quota, period = (read_text(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
     if not quota.isdigit() or not period.isdigit() or period == "0":
         return None  # -1 means no limit
     return int(quota) / int(period)
@@ -132,10 +113,3 @@ def _auxiliary() -> tuple[int, int]:
 def _field(cpuinfo: str, name: str) -> str:
     found = re.search(rf"^{re.escape(name)}\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
     return found[1].strip() if found else ""
-
-
-def _read(path: Path) -> str:
-    try:
-        return read_bounded(path, _FILE_LIMIT_BYTES).decode(errors="replace")
-    except (FileNotFoundError, StoreError):
-        return ""

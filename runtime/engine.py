@@ -4,9 +4,10 @@ A step decodes one token of every running answer, then reads one chunk of one wa
 that together are no longer than a chunk; requests join and leave between any two steps. Invariants: running answers
 hold slots 0..k-1; prompts being read hold slots at or above k, so an answer that leaves is replaced by the last one
 without touching it; no step begins with a request that was cancelled, and a step that reads for nobody is cut short;
-the thread blocks when it has nothing to do. An exception of a step fails the requests that were in it and nothing else.
-Whole blocks of what was read or generated are kept at once, so that the next request that begins alike copies them,
-whether or not their donor still runs.
+a request gets a slot when there is memory for all that it may become, in the order of arrival; the thread blocks when
+it has nothing to do. An exception of a step fails the requests that were in it and nothing else. Whole blocks of what
+was read or generated are kept at once, so that the next request that begins alike copies them, whether or not their
+donor still runs.
 
 Kernels for other batch sizes round differently. A request that is `alone` therefore shares no step and no kept block
 with others: it is read from its first token in chunks of PREFILL_TOKENS and decoded by steps of one token of one slot,
@@ -20,7 +21,7 @@ from collections.abc import Callable
 
 import structlog
 
-from runtime.generation import Deliveries, End, Generation, Reason, deliver_directly
+from runtime.generation import Deliveries, End, Generation, Reason, check_room, deliver_directly
 from runtime.model import PREFILL_TOKENS, Float, Interrupt, Model
 from runtime.pace import Pace
 from runtime.prefix import BLOCK_TOKENS, PrefixCache
@@ -28,6 +29,9 @@ from runtime.sampling import score
 from runtime.stats import Stats
 from wire.errors import Code, InferenceError
 
+IDLE_TRIM_S = 5.0
+"""How long after the last answer the memory of its slots is given back: a burst does not pay for it, a quiet node does
+not keep it."""
 PADDING_LIMIT = 1.25
 """Prompts are read together when padding them makes at most this much of the work."""
 
@@ -42,6 +46,7 @@ class Engine:
         deliver: Callable[[Deliveries], None] = deliver_directly,
     ) -> None:  # fmt: skip
         self._model, self.stats, self._deliver = model, stats, deliver
+        self._slab = model.slab
         self._prefixes = PrefixCache(model.shape.kept_blocks)
         self._pace = Pace()
         self._vocab_size = model.config.vocab_size
@@ -63,6 +68,11 @@ class Engine:
         """Requests that wait, are read or run."""
         return self._open
 
+    @property
+    def promised_bytes(self) -> int:
+        """Memory that its requests may still take of the budget."""
+        return self._slab.promised_bytes
+
     def submit(self, generation: Generation) -> None:
         """Take a request, from any thread.
 
@@ -71,14 +81,7 @@ class Engine:
         if not generation.prompt or not 0 <= min(generation.prompt) <= max(generation.prompt) < self._vocab_size:
             # onnxruntime's gather reads outside the weights for such a token instead of failing
             raise InferenceError(Code.BAD_REQUEST, "prompt: empty, or a token is outside the model's vocabulary", 400)
-        capacity = self._model.shape.capacity
-        if len(generation.prompt) >= capacity:
-            raise InferenceError(
-                Code.CONTEXT_EXCEEDED,
-                f"the prompt has {len(generation.prompt)} tokens and the context {capacity}; send at most "
-                f"{capacity - 1}", 400,
-            )  # fmt: skip
-        generation.max_tokens = min(generation.max_tokens, capacity - len(generation.prompt))
+        check_room(generation, self._model.shape)
         generation.accepted_s = time.perf_counter()
         with self._changed:
             if self._closed:
@@ -124,8 +127,11 @@ class Engine:
     def _await_work(self) -> bool:
         """Block until there is something to do; False when closed."""
         with self._changed:
+            patience_s: float | None = IDLE_TRIM_S
             while not (self._closed or self._running or self._reading or self._waiting):
-                self._changed.wait()
+                if not self._changed.wait(patience_s):
+                    self._slab.trim()
+                    patience_s = None
             return not self._closed
 
     def _drop_cancelled(self) -> None:
@@ -211,18 +217,27 @@ class Engine:
 
     def _next(self) -> list[Generation]:
         """The next prompt to read, in the slot after the running ones, and those behind it that fit beside it."""
-        free = self._model.shape.slots - len(self._running)
+        slot = len(self._running)
+        free = self._model.shape.slots - slot
         with self._changed:
-            if not self._waiting or not free:
+            first = self._waiting[0] if self._waiting and free else None
+        if first is None or not self._slab.reserve(slot, first.room):
+            return []  # or it waits until those that run leave room
+        with self._changed:
+            if not self._waiting or self._waiting[0] is not first:
+                self._slab.free(slot, 0)  # cancelled just now
                 return []
-            first = self._waiting.popleft()
-        first.slot = len(self._running)
+            self._waiting.popleft()
+        first.slot = slot
         self._recall(first)
         together = [first]
         with self._changed:
             while self._waiting and len(together) < free and self._fits(together, self._waiting[0]):
+                slot = first.slot + len(together)
+                if not self._slab.reserve(slot, self._waiting[0].room):
+                    break
                 together.append(self._waiting.popleft())
-                together[-1].slot = first.slot + len(together) - 1
+                together[-1].slot = slot
         return together
 
     def _fits(self, together: list[Generation], other: Generation) -> bool:
@@ -247,7 +262,7 @@ class Engine:
             return
         blocks = self._prefixes.match(generation.prompt[:-1])
         if blocks:
-            self._model.recall([block.row for block in blocks], generation.slot)
+            self._slab.recall([block.row for block in blocks], generation.slot)
             generation.kept = blocks[-1]
             generation.length = generation.kept_tokens = generation.cached = len(blocks) * BLOCK_TOKENS
 
@@ -261,14 +276,14 @@ class Engine:
             generation.kept, fresh = found
             generation.kept_tokens += BLOCK_TOKENS
             if fresh:
-                self._model.keep(generation.kept.row, generation.slot, start)
+                self._slab.keep(generation.kept.row, generation.slot, start)
 
     def _join(self, generation: Generation) -> None:
         """From reading to running, in the first slot that is free by now."""
         self._reading.remove(generation)
         slot = len(self._running)
         if generation.slot != slot:
-            self._model.move(generation.slot, slot, generation.length)
+            self._slab.move(generation.slot, slot, generation.length)
             generation.slot = slot
         self._running.append(generation)
 
@@ -303,12 +318,13 @@ class Engine:
 
     def _leave(self, generation: Generation, end: End) -> None:
         """Free the slot; the last running answer moves into the gap."""
+        self._slab.free(generation.slot, generation.length)
         if generation in self._reading:
             self._reading.remove(generation)
         else:
             last = self._running.pop()
             if last is not generation:
-                self._model.move(last.slot, generation.slot, last.length)
+                self._slab.move(last.slot, generation.slot, last.length)
                 last.slot = generation.slot
                 self._running[generation.slot] = last
         self._prefixes.release(generation.kept)

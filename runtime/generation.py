@@ -6,7 +6,8 @@ from enum import StrEnum
 
 from runtime.prefix import Block
 from runtime.sampling import Sampler, Sampling, Scored
-from wire.errors import InferenceError
+from runtime.slab import Shape
+from wire.errors import Code, InferenceError
 
 
 class Reason(StrEnum):
@@ -64,6 +65,27 @@ class Generation:
     def __post_init__(self) -> None:
         self.sampler = Sampler(self.sampling)
         self.tokens = list(self.prompt)
+
+    @property
+    def room(self) -> int:
+        """Tokens that it may come to hold."""
+        return len(self.prompt) + self.max_tokens
+
+
+def check_room(generation: Generation, shape: Shape) -> None:
+    """Raise InferenceError(context_exceeded, 400) when no slot can hold the prompt and all of the answer."""
+    prompt, capacity = len(generation.prompt), shape.capacity
+    context = f"the context of {capacity} tokens ({shape.bound_by})"
+    if prompt >= capacity:
+        message = f"the prompt has {prompt} tokens and does not fit {context}; send at most {capacity - 1}"
+    elif generation.room > capacity:
+        message = (
+            f"the prompt has {prompt} tokens and max_tokens is {generation.max_tokens}, together over {context}; ask "
+            f"for at most {capacity - prompt}, or leave max_tokens out"
+        )
+    else:
+        return
+    raise InferenceError(Code.CONTEXT_EXCEEDED, message, 400)
 
 
 Deliveries = list[tuple[Generation, Event]]

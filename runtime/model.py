@@ -1,9 +1,8 @@
 """One loaded decoder: its onnxruntime sessions, its memory for keys and values, and the two shapes in which it runs.
 
 The graph contract is docs/design.md section 6. Invariants: past and present of a layer are the same memory, so a step
-writes one row per request and copies nothing; only the engine's thread calls `decode`, `prefill` and `move`; the slots
-in use by a batch of k are 0..k-1, because a slice of the slab from its start is contiguous and is bound without a copy.
-Blocks kept for other requests (runtime/prefix.py) are beside the slab and are copied to and from its slots.
+writes one row per request and copies nothing; only the engine's thread calls `decode` and `prefill`; the slots in use
+by a batch of k are 0..k-1, because a slice of the slab from its start is contiguous and is bound without a copy.
 """
 
 import os
@@ -20,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from runtime.prefix import BLOCK_TOKENS
+from runtime.slab import Shape, Slab
 from runtime.version import GRAPH_FILE
 from wire.errors import Code, DeployError
 from wire.manifest import DecoderConfig
@@ -43,21 +42,6 @@ NO_FLASH_VARIABLE = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 
 ONNXRUNTIME: str = ort.__version__
 _environment = threading.Lock()
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes of the KV slab: float32 [slots, kv_heads, capacity, head_size] for keys and values of every layer."""
-
-    slots: int
-    capacity: int
-    kept_blocks: int = 0
-    """Blocks of BLOCK_TOKENS tokens kept beside the slots."""
-
-
-def token_bytes(config: DecoderConfig) -> int:
-    """Bytes of one token's keys and values in all layers."""
-    return 2 * config.layers * config.kv_heads * config.head_size * np.dtype(np.float32).itemsize
 
 
 class Interrupt:
@@ -93,15 +77,7 @@ class Model:
         self._session = self._reader = _session(graph, options, options.session_config)
         if options.reading_config is not None:
             self._reader = _session(graph, options, options.session_config | options.reading_config)
-        heads, parts = config.kv_heads, 2 * config.layers
-        try:  # the kernel commits a page when it is written first
-            self._slab = np.zeros((parts, shape.slots, heads, shape.capacity, config.head_size), np.float32)
-            self._kept = np.zeros((shape.kept_blocks, parts, heads, BLOCK_TOKENS, config.head_size), np.float32)
-        except MemoryError as error:
-            raise DeployError(
-                Code.LOAD_FAILED, f"no memory for {shape.slots} slots of {shape.capacity} tokens; lower max_slots, "
-                "context_tokens or prefix_cache_bytes",
-            ) from error  # fmt: skip
+        self.slab = Slab(config, shape)
         self._decoders: dict[int, _Bound] = {}
         self._prefillers: dict[tuple[int, int, bool], _Bound] = {}
 
@@ -159,20 +135,6 @@ class Model:
         bound.total[()] = longest
         return self._read(bound, ids, np.arange(len(prompts)) * longest + counts - 1, interrupt)
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the `length` tokens that slot `source` holds to slot `target`."""
-        self._slab[:, target, :, :length] = self._slab[:, source, :, :length]
-
-    def keep(self, row: int, slot: int, start: int) -> None:
-        """Copy the block of `slot` that begins at token `start` to kept row `row`."""
-        self._kept[row] = self._slab[:, slot, :, start : start + BLOCK_TOKENS]
-
-    def recall(self, rows: Sequence[int], slot: int) -> None:
-        """Copy kept rows to the beginning of `slot`, one after the other."""
-        for number, row in enumerate(rows):
-            start = number * BLOCK_TOKENS
-            self._slab[:, slot, :, start : start + BLOCK_TOKENS] = self._kept[row]
-
     def warm_up(self) -> None:
         """Run both shapes once: the first request pays for no allocation, and a graph that loads but does not keep
         the contract shows here. Raises DeployError(load_failed).
@@ -183,6 +145,8 @@ class Model:
                 self.prefill(0, [token] * min(8, self.shape.capacity - 1), 0, wide=wide)
             for k in range(1, self.shape.slots + 1):
                 self.decode([token] * k, [0] * k)
+                self.slab.free(k - 1, 8)
+            self.slab.trim()
         except Exception as error:  # as in _session
             self.close()
             raise DeployError(
@@ -193,7 +157,7 @@ class Model:
         """Give session and slab back now, whoever still holds this object; it cannot run any more."""
         self._decoders.clear()
         self._prefillers.clear()
-        self._slab = self._kept = np.zeros((0, 0, 0, 0, 0), np.float32)
+        self.slab.close()
         self._session = self._reader = None
 
     def _reading_binding(self, slot: int, prompts: int, tokens: int, wide: bool | None) -> _Bound:
@@ -228,9 +192,9 @@ class Model:
             bound.binding.bind_ortvalue_input(name, bound.values[-1])
         bound.values.append(_value(bound.logits))
         bound.binding.bind_ortvalue_output("logits", bound.values[-1])
-        for part, slab in enumerate(self._slab):
+        for part, memory in enumerate(self.slab.parts(slot, k)):
             name = f"{part // 2}.{('key', 'value')[part % 2]}"
-            bound.values.append(_value(slab[slot : slot + k]))
+            bound.values.append(_value(memory))
             bound.binding.bind_ortvalue_input(f"past_key_values.{name}", bound.values[-1])
             bound.binding.bind_ortvalue_output(f"present.{name}", bound.values[-1])
         return bound

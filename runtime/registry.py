@@ -15,16 +15,17 @@ from pathlib import Path
 import structlog
 
 from host.files import read_bounded
+from runtime.budget import LOADED_BYTES_PER_WEIGHT_BYTE, Room, Sharing, available_bytes, plan_slab
 from runtime.cpu import allowed_threads, detect_cpu
 from runtime.engine import Engine
 from runtime.generation import Deliveries
 from runtime.memory import trim_heap
-from runtime.model import ONNXRUNTIME, Model, Shape, token_bytes
-from runtime.prefix import BLOCK_TOKENS
+from runtime.model import ONNXRUNTIME, Model
 from runtime.settings import RuntimeSettings
+from runtime.slab import Shape
 from runtime.stats import Stats
 from runtime.text import Text
-from runtime.version import TOKENIZER_FILE, file_digest, open_version
+from runtime.version import TOKENIZER_FILE, file_digest, open_version, weights_bytes
 from wire.documents import parse_document
 from wire.errors import AmperageError, Code, InferenceError
 from wire.manifest import VersionDocument
@@ -178,12 +179,22 @@ class Registry:
             place.error = None
             return old
         deliver = delivery_to(asyncio.get_running_loop())
-        fresh = await asyncio.to_thread(load_version, self._settings, entry, deliver, old)
+        sharing = self._sharing(serving, model)
+        fresh = await asyncio.to_thread(load_version, self._settings, entry, deliver, old, sharing)
         place.current, place.error = fresh, None
         _log.info("model serves", model=model, version=entry.version, decoded=entry.decoded)
         if old is not None:
             self._retire(place, old)
         return fresh
+
+    def _sharing(self, serving: Serving, model: str) -> Sharing:
+        """What the other models mean for the memory of `model`. Its own version before is not counted: it takes no new
+        requests once this one serves, and its share was half of what was left.
+        """
+        others = [version for version in self._loaded() if version.entry.model != model]
+        known = {version.entry.model for version in others} | {model}
+        to_come = sum(entry.model not in known for entry in serving.models)
+        return Sharing(sum(version.engine.promised_bytes for version in others), to_come)
 
     def _retire(self, place: Place, old: Loaded) -> None:
         old.replaced = True
@@ -217,16 +228,16 @@ def read_serving(store: Path) -> Serving:
 
 
 def load_version(
-    settings: RuntimeSettings, entry: ServingModel, deliver: Callable[[Deliveries], None], old: Loaded | None = None
-) -> Loaded:
+    settings: RuntimeSettings, entry: ServingModel, deliver: Callable[[Deliveries], None], old: Loaded | None,
+    sharing: Sharing,
+) -> Loaded:  # fmt: skip
     """Check, load and warm up one version; blocks. Raises ArtifactError, StoreError, DeployError.
 
     `old` is the version that it follows, whose tokenizer is taken over when it is the same.
     """
     directory = settings.store / "versions" / entry.decoded
     document, _ = open_version(directory, entry.decoded)
-    kept_blocks = settings.prefix_cache_bytes // (BLOCK_TOKENS * token_bytes(document.config))
-    shape = Shape(settings.max_slots, min(settings.context_tokens, document.config.context_tokens), kept_blocks)
+    shape = _shape(settings, entry, document, sharing)
     cpu = str(detect_cpu())
     if (entry.cpu, entry.onnxruntime) != (cpu, ONNXRUNTIME):
         _log.warning("options were chosen elsewhere; probe again", model=entry.model, chosen_for=entry.cpu, cpu=cpu,
@@ -239,6 +250,14 @@ def load_version(
     model.warm_up()
     engine = Engine(entry.model, model, Stats(), max_queue=settings.max_queue, deliver=deliver)
     return Loaded(entry, document, text, engine, shape.capacity)
+
+
+def _shape(settings: RuntimeSettings, entry: ServingModel, document: VersionDocument, sharing: Sharing) -> Shape:
+    sessions = 1 if entry.options.reading_config is None else 2
+    weights = int(sessions * LOADED_BYTES_PER_WEIGHT_BYTE * weights_bytes(document))
+    shape, arithmetic = plan_slab(document.config, settings, Room(*available_bytes(), weights, sharing))
+    _log.info("memory for keys and values", model=entry.model, arithmetic=arithmetic)
+    return shape
 
 
 def delivery_to(loop: asyncio.AbstractEventLoop) -> Callable[[Deliveries], None]:

@@ -26,6 +26,8 @@ class RuntimeSettings(Settings):
     """Requests of one model that may wait for a slot; more are refused with 429."""
     context_tokens: Annotated[int, Field(ge=16, le=1 << 20)] = 4096
     """Upper bound of prompt and answer together; a model with a shorter context keeps its own."""
+    kv_cache_bytes: Annotated[int, Field(ge=0)] = 0
+    """Memory per model for keys and values, kept prefixes included; 0 means half of what is left when it loads."""
     prefix_cache_bytes: Annotated[int, Field(ge=0)] = 128 << 20
     """Memory per model for what prompts began with, for the next that begins alike; 0 turns it off."""
     request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0

@@ -1,26 +1,62 @@
 """Requests to an engine over the real sample model, and how their answers are judged."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from runtime_fixtures import base_version
 
 from runtime.engine import Engine
 from runtime.generation import End, Event, Generation
-from runtime.model import Model, Shape
+from runtime.model import Float, Model
 from runtime.sampling import Sampling
+from runtime.slab import Shape
 from wire.serving import ExecutionOptions
 
+Loaded = TypeVar("Loaded", bound=Model)
 GREEDY = Sampling(temperature=0.0)
 TOLERANCE = 0.05
 """How far, in standard deviations of the row, a token's logit may be below the best of the unbatched step: kernels for
 other batch sizes round differently. Measured differences are below 0.01."""
 
 
-def load(slots: int, capacity: int, kept_blocks: int = 0, kind: type[Model] = Model) -> Model:
+class CountedModel(Model):
+    """The real model. `steps` counts those that began; `before` is called as one begins, on the engine's thread."""
+
+    steps: list[str]
+    finished: int
+    before: Callable[[str], None]
+
+    def decode(self, tokens: list[int], lengths: list[int]) -> Float:
+        return self._counted(f"decode {len(tokens)}", lambda: super(CountedModel, self).decode(tokens, lengths))
+
+    def prefill(self, *where: Any, **how: Any) -> Float:
+        return self._counted("read", lambda: super(CountedModel, self).prefill(*where, **how))
+
+    def prefill_together(self, *where: Any) -> Float:
+        return self._counted("read together", lambda: super(CountedModel, self).prefill_together(*where))
+
+    def _counted(self, step: str, run: Callable[[], Float]) -> Float:
+        self.steps.append(step)
+        self.before(step)
+        logits = run()
+        self.finished += 1
+        return logits
+
+
+def load(slots: int, capacity: int, kept_blocks: int = 0) -> Model:
+    return _load(Model, Shape(slots, capacity, kept_blocks))
+
+
+def load_counted(shape: Shape) -> CountedModel:
+    model = _load(CountedModel, shape)
+    model.steps, model.finished, model.before = [], 0, lambda _step: None
+    return model
+
+
+def _load(kind: type[Loaded], shape: Shape) -> Loaded:
     version = base_version()
-    shape = Shape(slots, capacity, kept_blocks)
     return kind(version.directory, version.document.config, shape, ExecutionOptions(threads=1))
 
 

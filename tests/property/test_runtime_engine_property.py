@@ -14,8 +14,9 @@ from runtime_fixtures import base_version
 
 from runtime.engine import Engine
 from runtime.generation import End, Event, Generation, Reason
-from runtime.model import Model, Shape
+from runtime.model import Model
 from runtime.sampling import Sampling
+from runtime.slab import Shape
 from runtime.stats import Stats
 from wire.serving import ExecutionOptions
 

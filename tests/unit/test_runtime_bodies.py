@@ -69,7 +69,7 @@ def test_bytes_that_are_no_request_are_refused(data: bytes) -> None:
 @pytest.mark.parametrize("prompt", ["text", ["text"], [1, 2, 3]])
 def test_completion_takes_text_and_tokens(prompt: Any) -> None:
     body = parse_body(CompletionRequest, json.dumps({"model": "m", "prompt": prompt}).encode())
-    assert body.wanted_tokens() == 16
+    assert (body.wanted_tokens(), body.default_tokens) == (None, 16)
 
 
 @pytest.mark.parametrize("prompt", [[], ["a", "b"], [[1], [2]], [-1], None, 5])

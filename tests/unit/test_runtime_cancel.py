@@ -2,48 +2,24 @@
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine_requests import Asked, ask, check_greedy, load
+from engine_requests import Asked, CountedModel, ask, check_greedy, load, load_counted
 
 from runtime.engine import Engine
 from runtime.generation import Reason
-from runtime.model import PREFILL_TOKENS, Float, Model
+from runtime.model import PREFILL_TOKENS, Model
+from runtime.slab import Shape
 from runtime.stats import Stats
 
 CHUNKS = 5
 LONG = [(i * 37) % 4000 + 3 for i in range(CHUNKS * PREFILL_TOKENS)]
 SHORT = LONG[1:9]
-
-
-class CountedModel(Model):
-    """The real model. `steps` counts those that began; `before` is called as one begins, on the engine's thread."""
-
-    steps: list[str]
-    finished: int
-    before: Callable[[str], None]
-
-    def decode(self, tokens: list[int], lengths: list[int]) -> Float:
-        return self._counted(f"decode {len(tokens)}", lambda: super(CountedModel, self).decode(tokens, lengths))
-
-    def prefill(self, *where: Any, **how: Any) -> Float:
-        return self._counted("read", lambda: super(CountedModel, self).prefill(*where, **how))
-
-    def prefill_together(self, *where: Any) -> Float:
-        return self._counted("read together", lambda: super(CountedModel, self).prefill_together(*where))
-
-    def _counted(self, step: str, run: Callable[[], Float]) -> Float:
-        self.steps.append(step)
-        self.before(step)
-        logits = run()
-        self.finished += 1
-        return logits
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +29,7 @@ def reference() -> Model:
 
 @pytest.fixture
 def model() -> CountedModel:
-    model = load(3, 1024, kind=CountedModel)
-    assert isinstance(model, CountedModel)
-    model.steps, model.finished, model.before = [], 0, lambda _step: None
-    return model
+    return load_counted(Shape(3, 1024))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine_requests import TOLERANCE, Asked, ask, check_greedy
+from engine_requests import TOLERANCE, Asked, ask, check_greedy, load_counted
 from engine_requests import load as load_sample
 from runtime_fixtures import base_version, wait_for
 
@@ -19,6 +19,7 @@ from runtime.generation import Reason
 from runtime.model import PREFILL_TOKENS, WIDE_TOKENS, Model
 from runtime.prefix import BLOCK_TOKENS
 from runtime.sampling import Sampling
+from runtime.slab import Shape
 from runtime.stats import Stats
 from runtime.text import Text
 from wire.errors import Code, InferenceError
@@ -269,10 +270,21 @@ def test_request_that_waits_is_cancelled_without_having_run(engine: Engine, text
     assert waiting.tokens == []
 
 
-def test_prompt_over_the_context_is_a_clear_400(engine: Engine) -> None:
-    with pytest.raises(InferenceError, match=f"context {CAPACITY}") as refusal:
-        ask(engine, [5] * CAPACITY, 1)
+@pytest.mark.parametrize(
+    ("prompt_tokens", "max_tokens", "numbers"),
+    [
+        (CAPACITY, 1, f"has {CAPACITY} tokens .* at most {CAPACITY - 1}$"),
+        (CAPACITY - 9, 10, "max_tokens is 10, .* at most 9,"),
+    ],
+)
+def test_request_that_fits_no_slot_is_a_400_with_all_numbers_and_the_setting(
+    engine: Engine, prompt_tokens: int, max_tokens: int, numbers: str
+) -> None:
+    with pytest.raises(InferenceError, match=numbers) as refusal:
+        ask(engine, [5] * prompt_tokens, max_tokens)
+    assert f"the context of {CAPACITY} tokens (the model's own)" in refusal.value.message
     assert (refusal.value.code, refusal.value.http_status) == (Code.CONTEXT_EXCEEDED, 400)
+    assert engine.open == 0
 
 
 @pytest.mark.parametrize("token", [-1, 4096, 1 << 40])
@@ -282,10 +294,39 @@ def test_token_outside_the_vocabulary_is_refused(engine: Engine, token: int) -> 
     assert refusal.value.http_status == 400
 
 
-def test_answer_stops_where_the_context_ends(engine: Engine) -> None:
-    one = ask(engine, [5] * (CAPACITY - 3), 100)
+def test_answer_may_fill_the_context_to_its_last_token(engine: Engine) -> None:
+    one = ask(engine, [5] * (CAPACITY - 3), 3)
     assert one.wait().reason is Reason.LENGTH
     assert len(one.tokens) == 3
+
+
+def test_requests_run_together_only_while_all_that_they_may_become_fits_the_memory(
+    reference: Model, text: Text
+) -> None:
+    model = load_counted(Shape(SLOTS, CAPACITY, KEPT, tokens=600))
+    engine = Engine("small", model, Stats(), max_queue=QUEUE)
+    prompt = prompts(text)[1]
+    for count, together in ((380, 1), (260, 2), (100, 3)):
+        model.steps.clear()
+        asked = [ask(engine, [number, *prompt], count) for number in range(SLOTS)]
+        for number, one in enumerate(asked):
+            assert one.wait().reason is Reason.LENGTH
+            assert len(one.tokens) == count
+            check_greedy(reference, [number, *prompt], one.tokens)
+        assert f"decode {together}" in model.steps
+        assert f"decode {together + 1}" not in model.steps
+    engine.close()
+
+
+def test_request_cancelled_while_it_waits_for_memory_lets_the_next_one_run(text: Text) -> None:
+    engine = Engine("small", load_counted(Shape(SLOTS, CAPACITY, tokens=CAPACITY)), Stats(), max_queue=QUEUE)
+    running = ask(engine, prompts(text)[1], 300)
+    assert running.some.wait(20)
+    waiting, small = ask(engine, prompts(text)[1], 400), ask(engine, prompts(text)[1], 20)
+    engine.cancel(waiting.generation)
+    assert small.wait().reason is Reason.LENGTH
+    assert running.end is None, "the small one was meant to run beside it"
+    engine.close()
 
 
 def test_step_that_fails_fails_its_requests_and_the_engine_goes_on(engine: Engine, text: Text) -> None:

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from runtime_fixtures import base_version
 
-from runtime.model import FLOAT_ACTIVATIONS, NO_FLASH_VARIABLE, PREFILL_TOKENS, WIDE_TOKENS, Model, Shape
+from runtime.model import FLOAT_ACTIVATIONS, NO_FLASH_VARIABLE, PREFILL_TOKENS, WIDE_TOKENS, Model
+from runtime.slab import Shape
 from wire.serving import ExecutionOptions
 
 TOLERANCE = 0.05

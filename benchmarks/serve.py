@@ -22,6 +22,7 @@ from benchmarks.gguf_writer import gguf_of
 from benchmarks.harness import PeerAbsent, Row, Samples, Subject, at_least, measure, row, rows_against
 from benchmarks.runtime_server import MODEL, READY_TIMEOUT_S, running, runtime_server
 from host.unix_http import UnixConnection
+from runtime.cores import own_cores
 from runtime.cpu import allowed_threads
 
 STREAMS, PROMPT_TOKENS, ANSWER_TOKENS = 8, 64, 64
@@ -91,6 +92,12 @@ def _rows(model: str, threads: int) -> list[Row]:
         except PeerAbsent as absence:
             servers[PEER] = absence
         streams = measure({name: _streams(server, seeds) for name, server in servers.items()})
+        cores = sorted(own_cores())
+        apart: dict[str, Server | PeerAbsent] = {
+            "replicas": stack.enter_context(_ours(decoder, 1, [str(core) for core in cores])),
+            "one engine": servers["ours"],
+        }
+        groups = measure({name: _streams(server, seeds) for name, server in apart.items()})
         gains = measure({name: _gain(server, seeds) for name, server in servers.items()})
         warm = measure({name: _warm(server, seeds) for name, server in servers.items()})
     gained: Samples | None = gains["ours"]
@@ -100,6 +107,7 @@ def _rows(model: str, threads: int) -> list[Row]:
         *rows_against(
             f"{model}: {STREAMS} streams, {threads} threads", "tok/s", "ours", streams, at_least(1.2, ratio=True)
         ),
+        *rows_against(f"{model}: {STREAMS} streams, a replica on each core", "tok/s", "replicas", groups),
         row(f"{first}, cold over warm", "x", gained, at_least(20), (PEER, gains[PEER])),
         *rows_against(f"{first}, warm", "s", "ours", warm),
     ]  # fmt: skip
@@ -152,9 +160,10 @@ def _warm(server: Server | PeerAbsent, seeds: Iterator[int]) -> Subject:
 
 
 @contextmanager
-def _ours(decoder: Decoder, threads: int) -> Iterator[Server]:
-    """The runtime with the options that its probe chooses."""
-    settings = {"max_slots": STREAMS, "context_tokens": CONTEXT_TOKENS}
+def _ours(decoder: Decoder, threads: int, groups: Sequence[str] = ()) -> Iterator[Server]:
+    """The runtime with the options that its probe chooses, with a replica in each of `groups`."""
+    slots = STREAMS // max(1, len(groups))
+    settings = {"max_slots": slots, "context_tokens": CONTEXT_TOKENS, "core_groups": list(groups)}
     options = probed_options(decoder, threads)
     with runtime_server([(decoder.directory, decoder.version)], options, settings) as server:
         yield Server(server.public, ours=True)

@@ -17,7 +17,7 @@ so that its logits have the same bits whatever else runs.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -72,6 +72,10 @@ class Engine:
     def promised_bytes(self) -> int:
         """Memory that its requests may still take of the budget."""
         return self._slab.promised_bytes
+
+    def knows(self, prompt: Sequence[int]) -> bool:
+        """Whether something of `prompt` is kept, from any thread, as far as it can tell without waiting."""
+        return self._prefixes.knows(prompt[:-1])
 
     def submit(self, generation: Generation) -> None:
         """Take a request, from any thread.

@@ -49,6 +49,8 @@ class Generation:
     """Set by Engine.cancel: how it is to end at the next step."""
     # the engine's from here on
     sampler: Sampler = field(init=False)
+    replica: int = 0
+    """Which of the version's engines has it."""
     slot: int = -1
     length: int = 0
     """Tokens of it in the KV cache."""

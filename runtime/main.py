@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--candidate", type=Path, required=True)
     probe.add_argument("--incumbent", type=Path)
     probe.add_argument("--threads", type=int, default=0, help="0 means all that are allowed")
+    probe.add_argument("--cores", default="", help="stay on these, like 0-3; all that are allowed when empty")
     probe.add_argument("--memory-bytes", type=int, default=0, help="0 means a bound that follows from the weights")
     probe.add_argument("--one-session", action="store_true", help="no second packed copy of the weights for prompts")
     probe.set_defaults(run=_probe)
@@ -73,11 +74,14 @@ def _probe(chosen: argparse.Namespace) -> int:
     report = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what native code prints must not get into the report
     from runtime.candidate import Orders, probe_candidate
+    from runtime.cores import parse_cores
     from wire.documents import encode_document
 
     orders = Orders(
         chosen.candidate, chosen.incumbent, chosen.threads, chosen.memory_bytes, reading_session=not chosen.one_session
     )  # fmt: skip
+    if chosen.cores:
+        os.sched_setaffinity(0, parse_cores(chosen.cores))
     data = encode_document(probe_candidate(orders))
     with os.fdopen(report, "wb") as sink:
         sink.write(data + b"\n")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from host.files import read_bounded
 from runtime.candidate import looks_like_memory
+from runtime.cores import core_groups, cores_text, group_threads, own_cores
 from runtime.cpu import detect_cpu
 from runtime.model import ONNXRUNTIME
 from runtime.settings import RuntimeSettings
@@ -28,9 +29,11 @@ _KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "PYTHONPATH", "TMP
 
 async def run_probe(versions: Path, request: ProbeRequest, settings: RuntimeSettings) -> ProbeReport:
     """Probe a candidate in a child; `versions` holds the version directories. Cancelling it kills the child."""
+    groups = core_groups(settings.core_groups, own_cores())
+    threads = group_threads(settings.threads, groups[0], len(groups))
     command = [
         sys.executable, "-P", "-m", "runtime.main", "probe", "--candidate", str(versions / request.candidate),
-        "--threads", str(settings.threads), "--memory-bytes", str(settings.probe_memory_bytes),
+        "--threads", str(threads), "--cores", cores_text(groups[0]), "--memory-bytes", str(settings.probe_memory_bytes),
     ]  # fmt: skip
     if not settings.reading_session:
         command += ["--one-session"]

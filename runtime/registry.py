@@ -9,18 +9,20 @@ import asyncio
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import structlog
 
 from host.files import read_bounded
 from runtime.budget import LOADED_BYTES_PER_WEIGHT_BYTE, Room, Sharing, available_bytes, plan_slab
-from runtime.cpu import allowed_threads, detect_cpu
+from runtime.cores import confined, core_groups, group_threads, own_cores
+from runtime.cpu import detect_cpu
 from runtime.engine import Engine
 from runtime.generation import Deliveries
 from runtime.memory import trim_heap
 from runtime.model import ONNXRUNTIME, Model
+from runtime.replicas import Replicas
 from runtime.settings import RuntimeSettings
 from runtime.slab import Shape
 from runtime.stats import Stats
@@ -44,7 +46,7 @@ class Loaded:
     entry: ServingModel
     document: VersionDocument
     text: Text
-    engine: Engine
+    engine: Replicas
     capacity: int
     users: int = 0
     replaced: bool = False
@@ -71,6 +73,7 @@ class Registry:
 
     def __init__(self, settings: RuntimeSettings) -> None:
         self._settings = settings
+        core_groups(settings.core_groups, own_cores())  # what is wrong with them ends the process here
         self._places: dict[str, Place] = {}
         self._one_load = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
@@ -231,32 +234,49 @@ def load_version(
     settings: RuntimeSettings, entry: ServingModel, deliver: Callable[[Deliveries], None], old: Loaded | None,
     sharing: Sharing,
 ) -> Loaded:  # fmt: skip
-    """Check, load and warm up one version; blocks. Raises ArtifactError, StoreError, DeployError.
+    """Check, load and warm up one version, a replica in each group of cores; blocks.
 
-    `old` is the version that it follows, whose tokenizer is taken over when it is the same.
+    `old` is the version that it follows, whose tokenizer is taken over when it is the same. Raises ArtifactError,
+    StoreError, DeployError.
     """
     directory = settings.store / "versions" / entry.decoded
+    groups = core_groups(settings.core_groups, own_cores())
     document, _ = open_version(directory, entry.decoded)
-    shape = _shape(settings, entry, document, sharing)
+    shape = _shape(settings, len(groups), entry, document, sharing)
     cpu = str(detect_cpu())
     if (entry.cpu, entry.onnxruntime) != (cpu, ONNXRUNTIME):
         _log.warning("options were chosen elsewhere; probe again", model=entry.model, chosen_for=entry.cpu, cpu=cpu,
                      chosen_with=entry.onnxruntime, onnxruntime=ONNXRUNTIME)  # fmt: skip
-    threads = min(entry.options.threads, allowed_threads(settings.threads))
-    options = entry.options.model_copy(update={"threads": threads})
     same = old is not None and file_digest(old.document, TOKENIZER_FILE) == file_digest(document, TOKENIZER_FILE)
     text = Text(directory, document.config, shared=old.text if old and same else None)
-    model = Model(directory, document.config, shape, options)
-    model.warm_up()
-    engine = Engine(entry.model, model, Stats(), max_queue=settings.max_queue, deliver=deliver)
-    return Loaded(entry, document, text, engine, shape.capacity)
+    stats = Stats()
+    engines: list[Engine] = []
+    try:
+        for group in groups:
+            threads = min(entry.options.threads, group_threads(settings.threads, group, len(groups)))
+            options = entry.options.model_copy(update={"threads": threads})
+            with confined(group):
+                model = Model(directory, document.config, shape, options)
+                model.warm_up()
+                engines.append(Engine(entry.model, model, stats, max_queue=settings.max_queue, deliver=deliver))
+    except BaseException:
+        Replicas(engines, stats).close()
+        raise
+    return Loaded(entry, document, text, Replicas(engines, stats), shape.capacity)
 
 
-def _shape(settings: RuntimeSettings, entry: ServingModel, document: VersionDocument, sharing: Sharing) -> Shape:
-    sessions = 1 if entry.options.reading_config is None else 2
+def _shape(
+    settings: RuntimeSettings, replicas: int, entry: ServingModel, document: VersionDocument, sharing: Sharing
+) -> Shape:
+    """The slab of one of `replicas`, which share the budget of the model."""
+    sessions = replicas * (1 if entry.options.reading_config is None else 2)
     weights = int(sessions * LOADED_BYTES_PER_WEIGHT_BYTE * weights_bytes(document))
-    shape, arithmetic = plan_slab(document.config, settings, Room(*available_bytes(), weights, sharing))
-    _log.info("memory for keys and values", model=entry.model, arithmetic=arithmetic)
+    each = settings.model_copy(
+        update={name: getattr(settings, name) // replicas for name in ("kv_cache_bytes", "prefix_cache_bytes")}
+    )
+    sharing = replace(sharing, to_come=(1 + sharing.to_come) * replicas - 1)
+    shape, arithmetic = plan_slab(document.config, each, Room(*available_bytes(), weights, sharing))
+    _log.info("memory for keys and values", model=entry.model, replicas=replicas, arithmetic=arithmetic)
     return shape
 
 

@@ -17,6 +17,9 @@ class RuntimeSettings(Settings):
     admin_socket: FilePath = Path("/run/amperage/admin.sock")
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Threads of one model; 0 means as many as affinity and cgroup quota allow."""
+    core_groups: Literal["numa"] | Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Cores of each replica of a model, as lists like "0-39"; "numa" is one per NUMA node; empty is one replica on all.
+    Slots and queue are per replica, threads and memory are shared out."""
     reading_session: bool = True
     """Whether the probe may choose a second session that reads prompts faster (x86 only, 1.4 times) and packs the
     weights once more; false where memory is short."""

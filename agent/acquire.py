@@ -99,7 +99,8 @@ class Admitting(Stage):
             return
         manifest = parse_document(Manifest, payload, code=Code.BAD_MANIFEST)
         check_manifest(manifest, self._release, self._choice)
-        check_room(manifest, self._fitness(), self.ports.settings.disk_reserve_bytes)
+        sessions = 0 if self.ports.settings.disk == "small" else self.ports.machine.model_sessions()
+        check_room(manifest, self._fitness(), self.ports.settings.disk_reserve_bytes, sessions)
         self.ports.store.stage_manifest(digest, payload)
         data = {"frames": manifest.frame_count, "wire_bytes": manifest.pack_size_bytes, "delta": bool(manifest.base)}
         self.runner.advance(

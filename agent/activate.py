@@ -4,12 +4,16 @@ On the engine's thread. Invariant: serving.json names the old version or the new
 served before is in the journal before the file changes.
 """
 
+import structlog
+
 from agent.lifecycle import Outcome
 from agent.soak import Soak, expected_speed
 from agent.stage import Stage
 from wire.errors import AmperageError, Code, DeployError, TransferError
 from wire.messages import State
 from wire.serving import ModelStats, ProbeReport, ProbeRequest, ProbeVerdict, RuntimeStats, ServingModel
+
+log = structlog.get_logger()
 
 PROBE_TIMEOUT_MOST_S = 3600.0
 PROBE_TIMEOUT_SHARE = 0.8
@@ -33,7 +37,10 @@ class Probing(Stage):
         served = self.ports.store.served(row.model)
         timeout_s = min(PROBE_TIMEOUT_MOST_S, PROBE_TIMEOUT_SHARE * self.ports.settings.deadline_s(State.PROBING))
         incumbent = served.decoded if served and served.decoded != row.decoded else None
-        request = ProbeRequest(candidate=row.decoded or "", incumbent=incumbent, timeout_s=timeout_s)
+        request = ProbeRequest(
+            candidate=row.decoded or "", incumbent=incumbent, timeout_s=timeout_s,
+            prepack=self.ports.settings.disk != "small",
+        )  # fmt: skip
         self.runner.work("probe", lambda: self.ports.runtime.probe(row.model, request))
 
     def on_result(self, result: object) -> None:
@@ -46,9 +53,11 @@ class Probing(Stage):
         figures = {
             "golden_error": result.golden_error, "top1_agreement": result.top1_agreement,
             "tokens_per_s": result.tokens_per_s, "incumbent_tokens_per_s": result.incumbent_tokens_per_s,
-            "load_s": result.load_s, "peak_rss_bytes": result.peak_rss_bytes,
+            "load_s": result.load_s, "peak_rss_bytes": result.peak_rss_bytes, "prepack_bytes": result.prepack_bytes,
         }  # fmt: skip
         data = {name: value for name, value in figures.items() if value is not None}
+        if result.prepack_detail:
+            log.warning("weights_not_prepacked", model=self.runner.row.model, detail=result.prepack_detail)
         self.runner.advance(Outcome.PROVED, data=data, probe=result.model_dump_json(by_alias=True))
 
 
@@ -71,7 +80,7 @@ class Activating(Stage):
             raise DeployError(Code.LOAD_FAILED, "the journal holds no probe report of the version; order it again")
         entry = ServingModel(
             model=row.model, release=row.release, version=row.version, decoded=row.decoded, options=report.options,
-            cpu=report.cpu, onnxruntime=report.onnxruntime,
+            prepack=report.prepack, cpu=report.cpu, onnxruntime=report.onnxruntime,
         )  # fmt: skip
         before = self.runner.served_before()
 

@@ -11,6 +11,7 @@ from wire.documents import parse_document
 from wire.errors import ArtifactError, Code, DeployError
 from wire.manifest import Manifest, Requirements
 from wire.release import ArtifactRef, Release, Variant
+from wire.serving import PREPACK_FACTOR
 from wire.signing import Role
 
 
@@ -71,14 +72,22 @@ def check_manifest(manifest: Manifest, release: Release, choice: Choice) -> None
         )
 
 
-def check_room(manifest: Manifest, node: Fitness, reserve_bytes: int) -> None:
-    """Raise DeployError unless there is disk (no_space) for pack and version beside what is there, and memory."""
+def check_room(manifest: Manifest, node: Fitness, reserve_bytes: int, prepack_sessions: int) -> None:
+    """Raise DeployError unless there is disk (no_space) and memory for the version beside what is there.
+
+    Disk for its pack, its files, and the packed weights of `prepack_sessions` sessions, 0 where none are kept.
+    """
     decoded_bytes = sum(entry.size_bytes for entry in manifest.version.files)
-    needed = manifest.pack_size_bytes + max(decoded_bytes, manifest.requirements.disk_bytes) + reserve_bytes
+    prepack_bytes = round(PREPACK_FACTOR * decoded_bytes * prepack_sessions)
+    version_bytes = max(decoded_bytes, manifest.requirements.disk_bytes)
+    needed = manifest.pack_size_bytes + version_bytes + prepack_bytes + reserve_bytes
     if node.disk_free_bytes < needed:
+        small = ', or do without packed weights (disk = "small" in agent.toml)' if prepack_bytes else ""
         raise DeployError(
             Code.NO_SPACE,
-            f"the store has {node.disk_free_bytes} bytes free and needs {needed}; free space or enlarge the disk",
+            f"the store has {node.disk_free_bytes} bytes free and needs {needed}: pack {manifest.pack_size_bytes}, "
+            f"version {version_bytes}, packed weights {prepack_bytes}, reserve {reserve_bytes}; free space or enlarge "
+            f"the disk{small}",
         )
     fault = _unfit(manifest.requirements, node)
     if fault is not None:

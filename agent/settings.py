@@ -61,6 +61,9 @@ class AgentSettings(Settings):
     outbox_limit: Annotated[int, Field(ge=100, le=1_000_000)] = 5000
     """Reports kept while nobody acknowledges; the oldest go first and the gap is declared."""
     disk_reserve_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
+    disk: Literal["normal", "small"] = "normal"
+    """On a small disk no packed weights are kept: each version takes its own size and no more, and its weights are
+    packed onto the heap at every load."""
     energy: EnergySettings = EnergySettings()
     deadlines: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Seconds by state; what is absent is the default of agent/lifecycle.py."""

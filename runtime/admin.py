@@ -73,7 +73,10 @@ async def probe(request: Request) -> Response:
 
     async def alone() -> ProbeReport:
         async with request.app.state.one_probe:
-            return await run_probe(settings.store / "versions", order, settings)
+            try:
+                return await run_probe(settings.store / "versions", order, settings)
+            finally:
+                await request.app.state.registry.sweep()
 
     task = asyncio.create_task(alone())
     async with watch_client(request.receive, task.cancel):
@@ -97,5 +100,6 @@ def _index_row(name: str, place: Place) -> dict[str, object]:
     return {
         "name": name, "version": version.entry.version if version else "", "state": state,
         "reason": str(place.error) if place.error else "", "decoded": version.entry.decoded if version else "",
-        "draining": len(place.draining),
+        "draining": len(place.draining), "packed": version is not None and version.packed,
+        "stale": version.stale if version else "",
     }  # fmt: skip

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from runtime.generation import End, Event, Generation, Reason
-from runtime.registry import Loaded, Registry
+from runtime.loading import Loaded
+from runtime.registry import Registry
 from runtime.sampling import Sampling, Scored
 from runtime.text import Detokeniser, Message, StopStrings
 from wire.errors import Code, InferenceError

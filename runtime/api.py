@@ -21,8 +21,9 @@ from starlette.types import Receive, Scope, Send
 from runtime.answer import Answer, Wanted
 from runtime.bodies import ChatRequest, CompletionRequest, parse_body
 from runtime.http import EXCEPTION_HANDLERS, encode_json, error_content, json_response, read_body, watch_client
+from runtime.loading import Loaded
 from runtime.metrics import render_metrics
-from runtime.registry import Loaded, Registry
+from runtime.registry import Registry
 from runtime.settings import RuntimeSettings
 from wire.errors import InferenceError
 

@@ -2,7 +2,8 @@
 
 It is its own process by exec, with a bound on its memory and the first to die when memory runs out, so that a graph
 that crashes, hangs or eats memory harms nobody. What it can tell itself is a typed verdict here; what it cannot (a
-signal, no end) its parent tells (runtime/probe.py). It writes nothing but its report.
+signal, no end) its parent tells (runtime/probe.py). It writes nothing but its report and, when it is given a place, the
+packed weights of a candidate that passed.
 """
 
 import os
@@ -17,7 +18,10 @@ from pathlib import Path
 
 from runtime.cpu import allowed_threads, detect_cpu
 from runtime.golden import Judgement, judge_model, read_golden, run_prompt
-from runtime.model import FLOAT_ACTIVATIONS, ONNXRUNTIME, PREFILL_TOKENS, WIDE_TOKENS, Model
+from runtime.memory import resident_share
+from runtime.model import FLOAT_ACTIVATIONS, PREFILL_TOKENS, WIDE_TOKENS, Model
+from runtime.prepack import PrepackCache, PrepackKey
+from runtime.session import ONNXRUNTIME
 from runtime.slab import Shape
 from runtime.text import Text
 from runtime.version import open_version, weights_bytes
@@ -38,6 +42,9 @@ QUICK_LOAD_S = 3.0
 """Only a model that loads quickly is loaded again to try other options."""
 BETTER_BY = 1.05
 """Other options must win clearly, because measurements on a serving node are noisy."""
+USED_SHARE = 0.5
+"""Least share of the mapped files that is in memory after the golden vectors ran, if the kernels read packed weights
+from there: what stays out are the weights as they were, and rows of the embedding that nobody asked for."""
 NICENESS = 5
 
 _MEMORY_SIGNS = ("bad_alloc", "failed to allocate", "cannot allocate memory", "memoryerror", "out of memory")
@@ -53,6 +60,8 @@ class Orders:
     memory_bytes: int = 0
     reading_session: bool = True
     """Whether prompts may have a session of their own, which packs the weights once more."""
+    cache: Path | None = None
+    """Where packed weights go; None: they stay on the heap."""
 
 
 @dataclass(slots=True)
@@ -134,10 +143,11 @@ def _probe(orders: Orders) -> ProbeReport:
         judged = judge_model(candidate.model, golden)
         if judged.fault:
             return _report(ProbeVerdict.GOLDEN_MISMATCH, judged, load_s)
+    candidate, kept = _packed(orders, candidate)
     incumbent = _incumbent(orders, candidate.options)
     speeds = _race(candidate.tokens_per_s, incumbent.tokens_per_s if incumbent else None)
     return _report(ProbeVerdict.PASSED, judged, load_s).model_copy(
-        update={"tokens_per_s": speeds[0], "incumbent_tokens_per_s": speeds[1], "options": candidate.options}
+        update={"tokens_per_s": speeds[0], "incumbent_tokens_per_s": speeds[1], "options": candidate.options} | kept
     )
 
 
@@ -156,12 +166,14 @@ def _report(verdict: ProbeVerdict, judged: Judgement, load_s: float) -> ProbeRep
     )  # fmt: skip
 
 
-def _subject(directory: Path, document: VersionDocument, golden: GoldenSet, options: ExecutionOptions) -> _Subject:
+def _subject(
+    directory: Path, document: VersionDocument, golden: GoldenSet, options: ExecutionOptions, packed: Path | None = None
+) -> _Subject:
     capacity = max(len(vector.input_ids) for vector in golden.vectors) + MEASURED_TOKENS + 1
     if capacity > document.config.context_tokens:
         raise DeployError(Code.LOAD_FAILED, "a golden prompt is as long as the context; build the version again")
     capacity = min(document.config.context_tokens, max(capacity, MEASURED_PROMPT_TOKENS + 1))
-    model = Model(directory, document.config, Shape(1, capacity), options)
+    model = Model(directory, document.config, Shape(1, capacity), options, packed)
     return _Subject(directory, document, golden, options, model)
 
 
@@ -205,6 +217,32 @@ def _winner(best: _Subject, options: ExecutionOptions, figure: Callable[[_Subjec
         best, other = other, best
     other.model.close()
     return best
+
+
+def _packed(orders: Orders, candidate: _Subject) -> tuple[_Subject, dict[str, object]]:
+    """The candidate over packed weights in files and what the report says of them; as it was where that cannot be.
+
+    They get their name only after the golden vectors passed from them, and from them indeed: onnxruntime packs onto the
+    heap, without a word, what does not fit its kernels.
+    """
+    if orders.cache is None:
+        return candidate, {}
+    directory, document, options = candidate.directory, candidate.document, candidate.options
+    key = PrepackKey.of(document.decoded_digest(), str(detect_cpu()), ONNXRUNTIME, options)
+    try:
+        with PrepackCache(orders.cache).draft(key, directory, options, weights_bytes(document)) as draft:
+            mapped = _subject(directory, document, candidate.golden, options, draft.directory)
+            fault = judge_model(mapped.model, mapped.golden).fault
+            if not fault and resident_share(draft.directory.resolve()) < USED_SHARE:
+                fault = "the kernels of this onnxruntime do not read packed weights from files"
+            if fault:
+                mapped.model.close()
+                return candidate, {"prepack_detail": fault}
+            digest = draft.commit()
+    except (AmperageError, MemoryError) as error:
+        return candidate, {"prepack_detail": str(error)[:2000]}
+    candidate.model.close()
+    return mapped, {"prepack": digest, "prepack_bytes": draft.size_bytes}
 
 
 def _race(one: Callable[[], float], other: Callable[[], float] | None) -> tuple[float | None, float | None]:

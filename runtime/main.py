@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--cores", default="", help="stay on these, like 0-3; all that are allowed when empty")
     probe.add_argument("--memory-bytes", type=int, default=0, help="0 means a bound that follows from the weights")
     probe.add_argument("--one-session", action="store_true", help="no second packed copy of the weights for prompts")
+    probe.add_argument("--cache", type=Path, help="where packed weights are kept; without it they stay on the heap")
     probe.set_defaults(run=_probe)
 
     chat = commands.add_parser("chat", help="talk to a model of this node")
@@ -78,7 +79,8 @@ def _probe(chosen: argparse.Namespace) -> int:
     from wire.documents import encode_document
 
     orders = Orders(
-        chosen.candidate, chosen.incumbent, chosen.threads, chosen.memory_bytes, reading_session=not chosen.one_session
+        chosen.candidate, chosen.incumbent, chosen.threads, chosen.memory_bytes,
+        reading_session=not chosen.one_session, cache=chosen.cache,
     )  # fmt: skip
     if chosen.cores:
         os.sched_setaffinity(0, parse_cores(chosen.cores))

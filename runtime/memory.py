@@ -1,9 +1,11 @@
-"""Keeping the C heap small: memory of a dropped model goes back to the machine.
+"""What this process holds in memory, and keeping the C heap small: memory of a dropped model goes back to the machine.
 
-Both calls are glibc's; another C library that has none of them loses nothing but tightness.
+The calls of malloc are glibc's; another C library that has none of them loses nothing but tightness.
 """
 
 import ctypes
+import re
+from pathlib import Path
 
 _M_ARENA_MAX = -8
 """malloc.h of glibc."""
@@ -23,3 +25,17 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def resident_share(directory: Path, smaps: Path = Path("/proc/self/smaps")) -> float:
+    """Of what is mapped of files in `directory`, the share that is in memory (proc(5)); 0 when nothing is mapped."""
+    mapped = resident = 0
+    inside = False
+    for line in smaps.read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = f" {directory}/" in line
+        elif inside and line.startswith("Size:"):
+            mapped += int(line.split()[1])
+        elif inside and line.startswith("Rss:"):
+            resident += int(line.split()[1])
+    return resident / mapped if mapped else 0.0

@@ -6,9 +6,7 @@ by a batch of k are 0..k-1, because a slice of the slab from its start is contig
 """
 
 import os
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from runtime.session import DECODING, READING, open_sessions
 from runtime.slab import Shape, Slab
-from runtime.version import GRAPH_FILE
 from wire.errors import Code, DeployError
 from wire.manifest import DecoderConfig
 from wire.serving import ExecutionOptions
@@ -35,13 +33,6 @@ WIDE_TOKENS = 32
 FLOAT_ACTIVATIONS = {"mlas.qnbit.force_fp32": "1"}
 """Session settings by which x86 reads prompts 1.4 times as fast: int4 weights are spread to float32 in the cache and
 multiplied there (docs/adr/0009). onnxruntime has the setting on x86 only."""
-SPIN_DURATION_US = 200
-"""How long a thread of the pool spins for the next kernel of a step; between steps and when idle it sleeps."""
-
-NO_FLASH_VARIABLE = "ORT_GQA_DISABLE_FLASH_ATTENTION"
-
-ONNXRUNTIME: str = ort.__version__
-_environment = threading.Lock()
 
 
 class Interrupt:
@@ -69,14 +60,18 @@ class _Bound:
 
 
 class Model:
-    """A session with its slab. Raises DeployError(load_failed) when onnxruntime refuses the graph."""
+    """A session with its slab. Raises DeployError(load_failed) when onnxruntime refuses the graph.
 
-    def __init__(self, directory: Path, config: DecoderConfig, shape: Shape, options: ExecutionOptions) -> None:
+    `packed` is a directory of the prepack cache, whose graphs stand for the version's own.
+    """
+
+    def __init__(
+        self, directory: Path, config: DecoderConfig, shape: Shape, options: ExecutionOptions,
+        packed: Path | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.shape = config, shape
-        graph = directory / GRAPH_FILE
-        self._session = self._reader = _session(graph, options, options.session_config)
-        if options.reading_config is not None:
-            self._reader = _session(graph, options, options.session_config | options.reading_config)
+        sessions = open_sessions(directory, options, packed)
+        self._session, self._reader = sessions[DECODING], sessions.get(READING, sessions[DECODING])
         self.slab = Slab(config, shape)
         self._decoders: dict[int, _Bound] = {}
         self._prefillers: dict[tuple[int, int, bool], _Bound] = {}
@@ -203,36 +198,3 @@ class Model:
 def _value(array: NDArray[Any]) -> Any:
     """An OrtValue over the memory of a contiguous array, which it also keeps alive."""
     return ort.OrtValue.ortvalue_from_numpy(array)
-
-
-def _session(graph: Path, options: ExecutionOptions, config: dict[str, str]) -> Any:
-    settings = ort.SessionOptions()
-    settings.intra_op_num_threads = options.threads
-    settings.inter_op_num_threads = 1
-    settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    settings.log_severity_level = 3
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
-    settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    if options.spinning:
-        settings.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_DURATION_US))
-    for key, value in config.items():
-        settings.add_session_config_entry(key, value)
-    if options.provider not in ort.get_available_providers():
-        raise DeployError(Code.LOAD_FAILED, f"this onnxruntime has no {options.provider}; probe the version again")
-    with _attention(flash=options.flash_attention):
-        try:
-            return ort.InferenceSession(str(graph), settings, providers=[options.provider])
-        except Exception as error:
-            raise DeployError(Code.LOAD_FAILED, f"onnxruntime refuses {graph}: {str(error)[:500]}") from error
-
-
-@contextmanager
-def _attention(*, flash: bool) -> Iterator[None]:
-    """Which attention the kernels made meanwhile will use: each asks the environment when it is made."""
-    with _environment:
-        if not flash:
-            os.environ[NO_FLASH_VARIABLE] = "1"
-        try:
-            yield
-        finally:
-            os.environ.pop(NO_FLASH_VARIABLE, None)

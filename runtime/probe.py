@@ -16,7 +16,7 @@ from host.files import read_bounded
 from runtime.candidate import looks_like_memory
 from runtime.cores import core_groups, cores_text, group_threads, own_cores
 from runtime.cpu import detect_cpu
-from runtime.model import ONNXRUNTIME
+from runtime.session import ONNXRUNTIME
 from runtime.settings import RuntimeSettings
 from wire.documents import parse_document
 from wire.errors import ArtifactError, StoreError
@@ -37,6 +37,8 @@ async def run_probe(versions: Path, request: ProbeRequest, settings: RuntimeSett
     ]  # fmt: skip
     if not settings.reading_session:
         command += ["--one-session"]
+    if settings.cache is not None and request.prepack:
+        command += ["--cache", str(settings.cache)]
     if request.incumbent is not None:
         command += ["--incumbent", str(versions / request.incumbent)]
     kills_before = _oom_kills()

@@ -9,52 +9,26 @@ import asyncio
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 
 from host.files import read_bounded
-from runtime.budget import LOADED_BYTES_PER_WEIGHT_BYTE, Room, Sharing, available_bytes, plan_slab
-from runtime.cores import confined, core_groups, group_threads, own_cores
-from runtime.cpu import detect_cpu
-from runtime.engine import Engine
+from runtime.budget import Sharing
+from runtime.cores import core_groups, own_cores
 from runtime.generation import Deliveries
+from runtime.loading import Loaded, Loader
 from runtime.memory import trim_heap
-from runtime.model import ONNXRUNTIME, Model
-from runtime.replicas import Replicas
 from runtime.settings import RuntimeSettings
-from runtime.slab import Shape
-from runtime.stats import Stats
-from runtime.text import Text
-from runtime.version import TOKENIZER_FILE, file_digest, open_version, weights_bytes
 from wire.documents import parse_document
 from wire.errors import AmperageError, Code, InferenceError
-from wire.manifest import VersionDocument
-from wire.serving import ModelStats, Serving, ServingModel
+from wire.serving import ModelStats, Serving
 
 SERVING_FILE = "serving.json"
 SERVING_LIMIT_BYTES = 1 << 20
 
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class Loaded:
-    """One version in memory. `users` counts requests that hold it."""
-
-    entry: ServingModel
-    document: VersionDocument
-    text: Text
-    engine: Replicas
-    capacity: int
-    users: int = 0
-    replaced: bool = False
-
-    @property
-    def fingerprint(self) -> str:
-        """`system_fingerprint` of its answers."""
-        return f"amperage-{self.entry.decoded[:12]}"
 
 
 @dataclass(slots=True)
@@ -74,6 +48,7 @@ class Registry:
     def __init__(self, settings: RuntimeSettings) -> None:
         self._settings = settings
         core_groups(settings.core_groups, own_cores())  # what is wrong with them ends the process here
+        self._loader = Loader(settings)
         self._places: dict[str, Place] = {}
         self._one_load = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
@@ -87,7 +62,7 @@ class Registry:
         try:
             serving = await asyncio.to_thread(read_serving, self._settings.store)
             for entry in serving.models:
-                self._places[entry.model] = Place(loading=True)
+                self._places.setdefault(entry.model, Place(loading=True))  # the agent may have been faster
             for entry in serving.models:
                 with suppress(AmperageError):
                     await self.load(entry.model)
@@ -95,6 +70,7 @@ class Registry:
             self.fault = error
             _log.error("serving.json cannot be used", code=error.code, error=error.message)
         self.started = True
+        await self.sweep()
 
     async def load(self, model: str) -> Loaded:
         """Make new requests for `model` go to what serving.json names, and let the version before drain.
@@ -105,7 +81,7 @@ class Registry:
             place = self._places.setdefault(model, Place())
             place.loading = True
             try:
-                return await self._replace(model, place)
+                loaded = await self._replace(model, place)
             except AmperageError as error:
                 place.error = error
                 _log.error("model not loaded", model=model, code=error.code, error=error.message)
@@ -114,6 +90,9 @@ class Registry:
                 raise
             finally:
                 place.loading = False
+        if self.started:
+            await self.sweep()
+        return loaded
 
     async def unload(self, model: str) -> None:
         """Forget `model`; open requests end first. No fault when it is not loaded."""
@@ -126,6 +105,18 @@ class Registry:
                 self._retire(place, old)
             if not place.draining:
                 self._places.pop(model, None)
+        await self.sweep()
+
+    async def sweep(self) -> None:
+        """Remove prepack caches that nothing needs any more."""
+        try:
+            serving = await asyncio.to_thread(read_serving, self._settings.store)
+            removed = await asyncio.to_thread(self._loader.sweep, serving)
+        except AmperageError as error:
+            _log.warning("prepack caches cannot be removed", code=error.code, error=error.message)
+        else:
+            if removed:
+                _log.info("prepack caches removed", caches=list(removed))
 
     def acquire(self, model: str) -> Loaded:
         """The version that takes new requests, held until `release`; raises InferenceError (404, 503)."""
@@ -178,12 +169,12 @@ class Registry:
         if entry is None:
             raise InferenceError(Code.MODEL_NOT_FOUND, f"{SERVING_FILE} names no model {model[:64]!r}", 404)
         old = place.current
-        if old is not None and (old.entry.decoded, old.entry.options) == (entry.decoded, entry.options):
+        if old is not None and old.runs_as(entry):
             place.error = None
             return old
         deliver = delivery_to(asyncio.get_running_loop())
         sharing = self._sharing(serving, model)
-        fresh = await asyncio.to_thread(load_version, self._settings, entry, deliver, old, sharing)
+        fresh = await asyncio.to_thread(self._loader.load, entry, deliver, old, sharing)
         place.current, place.error = fresh, None
         _log.info("model serves", model=model, version=entry.version, decoded=entry.decoded)
         if old is not None:
@@ -230,56 +221,6 @@ def read_serving(store: Path) -> Serving:
     return parse_document(Serving, data, limit_bytes=SERVING_LIMIT_BYTES)
 
 
-def load_version(
-    settings: RuntimeSettings, entry: ServingModel, deliver: Callable[[Deliveries], None], old: Loaded | None,
-    sharing: Sharing,
-) -> Loaded:  # fmt: skip
-    """Check, load and warm up one version, a replica in each group of cores; blocks.
-
-    `old` is the version that it follows, whose tokenizer is taken over when it is the same. Raises ArtifactError,
-    StoreError, DeployError.
-    """
-    directory = settings.store / "versions" / entry.decoded
-    groups = core_groups(settings.core_groups, own_cores())
-    document, _ = open_version(directory, entry.decoded)
-    shape = _shape(settings, len(groups), entry, document, sharing)
-    cpu = str(detect_cpu())
-    if (entry.cpu, entry.onnxruntime) != (cpu, ONNXRUNTIME):
-        _log.warning("options were chosen elsewhere; probe again", model=entry.model, chosen_for=entry.cpu, cpu=cpu,
-                     chosen_with=entry.onnxruntime, onnxruntime=ONNXRUNTIME)  # fmt: skip
-    same = old is not None and file_digest(old.document, TOKENIZER_FILE) == file_digest(document, TOKENIZER_FILE)
-    text = Text(directory, document.config, shared=old.text if old and same else None)
-    stats = Stats()
-    engines: list[Engine] = []
-    try:
-        for group in groups:
-            threads = min(entry.options.threads, group_threads(settings.threads, group, len(groups)))
-            options = entry.options.model_copy(update={"threads": threads})
-            with confined(group):
-                model = Model(directory, document.config, shape, options)
-                model.warm_up()
-                engines.append(Engine(entry.model, model, stats, max_queue=settings.max_queue, deliver=deliver))
-    except BaseException:
-        Replicas(engines, stats).close()
-        raise
-    return Loaded(entry, document, text, Replicas(engines, stats), shape.capacity)
-
-
-def _shape(
-    settings: RuntimeSettings, replicas: int, entry: ServingModel, document: VersionDocument, sharing: Sharing
-) -> Shape:
-    """The slab of one of `replicas`, which share the budget of the model."""
-    sessions = replicas * (1 if entry.options.reading_config is None else 2)
-    weights = int(sessions * LOADED_BYTES_PER_WEIGHT_BYTE * weights_bytes(document))
-    each = settings.model_copy(
-        update={name: getattr(settings, name) // replicas for name in ("kv_cache_bytes", "prefix_cache_bytes")}
-    )
-    sharing = replace(sharing, to_come=(1 + sharing.to_come) * replicas - 1)
-    shape, arithmetic = plan_slab(document.config, each, Room(*available_bytes(), weights, sharing))
-    _log.info("memory for keys and values", model=entry.model, replicas=replicas, arithmetic=arithmetic)
-    return shape
-
-
 def delivery_to(loop: asyncio.AbstractEventLoop) -> Callable[[Deliveries], None]:
     """Hands a step's events to `loop` in one call, so that a step costs the engine's thread one wake-up."""
 
@@ -298,8 +239,8 @@ def _row(version: Loaded) -> ModelStats:
     figures = version.engine.stats.snapshot()
     return ModelStats(
         model=version.entry.model, version=version.entry.version, decoded=version.entry.decoded,
-        requests=figures.requests, failures=figures.failures, prompt_tokens=figures.prompt_tokens,
-        completion_tokens=figures.completion_tokens, busy_s=figures.busy_s, active=version.engine.open,
-        latency_p50_s=figures.latency_p50_s, latency_p95_s=figures.latency_p95_s,
+        packed=version.packed, stale=version.stale[:2000], requests=figures.requests, failures=figures.failures,
+        prompt_tokens=figures.prompt_tokens, completion_tokens=figures.completion_tokens, busy_s=figures.busy_s,
+        active=version.engine.open, latency_p50_s=figures.latency_p50_s, latency_p95_s=figures.latency_p95_s,
         first_token_p50_s=figures.first_token_p50_s, tokens_per_s=figures.tokens_per_s,
     )  # fmt: skip

@@ -24,8 +24,8 @@ from runtime.admin import make_admin
 from runtime.api import make_api
 from runtime.cpu import allowed_threads, detect_cpu
 from runtime.memory import limit_arenas
-from runtime.model import ONNXRUNTIME
 from runtime.registry import Registry
+from runtime.session import ONNXRUNTIME
 from runtime.settings import RuntimeSettings
 
 SWITCH_INTERVAL_S = 0.0005

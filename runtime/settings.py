@@ -13,6 +13,8 @@ class RuntimeSettings(Settings):
 
     store: FilePath
     """Root of the agent's store; the runtime only reads it."""
+    cache: FilePath | None = None
+    """Where packed weights are kept, so that they are mapped; absent: they are packed onto the heap at every load."""
     public_socket: FilePath = Path("/run/amperage/inference.sock")
     admin_socket: FilePath = Path("/run/amperage/admin.sock")
     threads: Annotated[int, Field(ge=0, le=1024)] = 0

@@ -42,7 +42,7 @@ def open_version(directory: Path, decoded: str | None = None) -> tuple[VersionDo
     if missing := {GRAPH_FILE, WEIGHTS_FILE, TOKENIZER_FILE} - names:
         raise ArtifactError(Code.CORRUPT, f"{directory} lists no {min(missing)}; build the version again")
     for entry in document.files:
-        _check_file(directory / entry.path, entry.size_bytes)
+        check_file(directory / entry.path, entry.size_bytes)
     check_external_data(directory / GRAPH_FILE, WEIGHTS_FILE, GRAPH_LIMIT_BYTES)
     return document, digest
 
@@ -57,7 +57,8 @@ def weights_bytes(document: VersionDocument) -> int:
     return next(entry.size_bytes for entry in document.files if entry.path == WEIGHTS_FILE)
 
 
-def _check_file(path: Path, size_bytes: int) -> None:
+def check_file(path: Path, size_bytes: int) -> None:
+    """Raise StoreError unless `path` is a plain file of that size."""
     try:
         found = path.lstat()
     except OSError as error:

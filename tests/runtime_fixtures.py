@@ -18,7 +18,9 @@ from typing import Any, TypeVar
 
 import httpx2
 import numpy as np
+from numpy.typing import NDArray
 from openai import OpenAI
+from safetensors.numpy import save_file
 
 from forge.build import build_version, reseal_version
 from host.unix_http import UnixConnection
@@ -62,6 +64,38 @@ def base_version() -> Version:
 
 def tuned_version() -> Version:
     return built("tales-5m-finetuned-50", "2.0")
+
+
+@cache
+def wide_version() -> Version:
+    """Random weights of some 20 MB in int4: enough to tell them from what else a process holds."""
+    home = Path(tempfile.mkdtemp(prefix="amperage-runtime-"))
+    atexit.register(shutil.rmtree, home)
+    config = json.loads((PROJECT / "samples" / "tales-5m-base" / "config.json").read_text())
+    config |= {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 4, "head_dim": 64,
+               "num_attention_heads": 12, "num_key_value_heads": 4}  # fmt: skip
+    shapes = {
+        "self_attn.q_proj": (768, 768), "self_attn.k_proj": (256, 768), "self_attn.v_proj": (256, 768),
+        "self_attn.o_proj": (768, 768), "mlp.gate_proj": (2304, 768), "mlp.up_proj": (2304, 768),
+        "mlp.down_proj": (768, 2304),
+    }  # fmt: skip
+    chance = np.random.default_rng(7)
+
+    def matrix(shape: tuple[int, int]) -> NDArray[np.float16]:
+        return (chance.standard_normal(shape, np.float32) * np.float32(0.02)).astype(np.float16)
+
+    tensors = {"model.embed_tokens.weight": matrix((4096, 768)), "model.norm.weight": np.ones(768, np.float16)}
+    for layer in range(config["num_hidden_layers"]):
+        names = {f"model.layers.{layer}.{name}.weight": matrix(shape) for name, shape in shapes.items()}
+        norms = ("input_layernorm", "post_attention_layernorm")
+        tensors |= names | {f"model.layers.{layer}.{norm}.weight": np.ones(768, np.float16) for norm in norms}
+    checkpoint = home / "checkpoint"
+    checkpoint.mkdir()
+    save_file(tensors, checkpoint / "model.safetensors")
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    shutil.copyfile(PROJECT / "samples" / "tales-5m-base" / "tokenizer.json", checkpoint / "tokenizer.json")
+    document = build_version(checkpoint, home / "version", (MODEL, "wide"))
+    return Version(home / "version", document)
 
 
 def spoiled_version(home: Path) -> Version:

@@ -131,7 +131,7 @@ class Site:
         )
         runtime_settings.write_text(
             f'store = "{home}/store"\npublic_socket = "{home}/inference.sock"\nadmin_socket = "{home}/admin.sock"\n'
-            "threads = 1\n"
+            f'cache = "{home}/cache"\nthreads = 1\n'
         )
         agent = [program("amperage-agent"), "run", "--settings", str(agent_settings)]
         runtime = [program("amperage-runtime"), "serve", "--settings", str(runtime_settings)]

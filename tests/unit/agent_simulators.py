@@ -344,7 +344,10 @@ class SimulatedRuntime:
         self.probes.append(request)
         verdict = self.verdicts.get(request.candidate, ProbeVerdict.PASSED)
         options = ExecutionOptions(threads=1) if verdict is ProbeVerdict.PASSED else None
-        return ProbeReport(verdict=verdict, detail=verdict.value, options=options, cpu="x", tokens_per_s=100.0)
+        prepack = digest_of(request.candidate.encode()) if options and request.prepack else None
+        return ProbeReport(
+            verdict=verdict, detail=verdict.value, options=options, prepack=prepack, cpu="x", tokens_per_s=100.0
+        )
 
     def load(self, model: str) -> None:
         self._reach()

@@ -368,6 +368,17 @@ def test_node_without_the_memory_is_refused_before_byte_one(node):
     assert node.broker.sent == []
 
 
+@pytest.mark.parametrize("disk", ["normal", "small"])
+def test_packed_weights_are_named_when_they_were_proved_and_none_ordered_on_a_small_disk(tmp_path, publisher, disk):
+    node = Node(tmp_path, publisher, disk=disk)
+    node.start()
+    made = deploy(node, "1.0", 1)
+    node.run_until(ended(node, made))
+    assert [probe.prepack for probe in node.runtime.probes] == [disk == "normal"]
+    proved = digest_of(made.decoded.encode()) if disk == "normal" else None
+    assert node.store.served(MODEL).prepack == proved
+
+
 def test_reports_stay_until_they_are_acknowledged(node):
     made = deploy(node, "1.0", 1)
     node.run_until(ended(node, made))

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from runtime_fixtures import base_version
 
-from runtime.model import FLOAT_ACTIVATIONS, NO_FLASH_VARIABLE, PREFILL_TOKENS, WIDE_TOKENS, Model
+from runtime.model import FLOAT_ACTIVATIONS, PREFILL_TOKENS, WIDE_TOKENS, Model
+from runtime.session import NO_FLASH_VARIABLE
 from runtime.slab import Shape
 from wire.serving import ExecutionOptions
 

@@ -3,8 +3,10 @@
 import asyncio
 import os
 import platform
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from runtime_fixtures import Version, base_version, spoiled_version, tuned_versi
 from forge.build import reseal_version
 from runtime.probe import run_probe
 from runtime.settings import RuntimeSettings
+from wire.documents import parse_document
 from wire.serving import ProbeReport, ProbeRequest, ProbeVerdict
 
 
@@ -180,6 +183,21 @@ def test_cancelled_probe_leaves_no_child(versions: Path) -> None:
 
     asyncio.run(cancel())
     assert not list(children(str(versions)))
+
+
+def test_probe_that_cannot_write_packed_weights_passes_and_says_so(versions: Path, tmp_path: Path) -> None:
+    """The child's own limit on file sizes stands for a disk that fills up while onnxruntime writes."""
+    candidate = install(versions, base_version())
+    command = [sys.executable, "-P", "-m", "runtime.main", "probe", "--candidate", str(versions / candidate)]
+    done = subprocess.run(
+        [*command, "--threads", "1", "--cache", str(tmp_path / "cache")], stdout=subprocess.PIPE, check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
+    )  # fmt: skip
+    report = parse_document(ProbeReport, done.stdout)
+    assert report.verdict is ProbeVerdict.PASSED
+    assert report.prepack is None
+    assert report.prepack_detail
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86 has other kernels for prompts")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent.settings import AgentSettings, RuntimeSockets
+from host.settings import load_settings
 from runtime.settings import RuntimeSettings
 from wire.errors import ConfigError
 
@@ -99,6 +100,8 @@ def test_runtime_reaches_no_network_and_may_pin_its_threads() -> None:
     assert service["RestrictAddressFamilies"] == "AF_UNIX"
     assert "ReadWritePaths" not in service  # with ProtectSystem=strict the store cannot be written
     assert service["ProtectSystem"] == "strict"
+    packaged = load_settings(RuntimeSettings, UNITS.parent / "packaging" / "runtime.toml")
+    assert packaged.cache == Path("/var/cache") / service["CacheDirectory"]  # what it can write instead
     assert "@resources" not in service["SystemCallFilter"]
 
 

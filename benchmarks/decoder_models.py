@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from codec.versions import VERSION_FILE, read_version
 from forge.build import build_version
+from forge.cache_scales import Int8Cache
 from wire.digest import digest_of
 from wire.manifest import VersionDocument
 
@@ -44,7 +45,7 @@ class Decoder:
     version: VersionDocument
 
 
-def smollm() -> Decoder:
+def smollm(cache: Int8Cache | None = None) -> Decoder:
     """Random weights of SmolLM2-135M's shape, with the sample's tokenizer and made-up words for its further tokens."""
     checkpoint = HOME / "smollm-135m-of-chance"
     if not checkpoint.is_dir():
@@ -56,12 +57,12 @@ def smollm() -> Decoder:
         (temporary / "config.json").write_text(json.dumps(SMOLLM))
         (temporary / "tokenizer.json").write_text(_tokenizer(SMOLLM["vocab_size"]))
         temporary.rename(checkpoint)
-    return _built("smollm-135m", checkpoint)
+    return _built("smollm-135m", checkpoint, cache)
 
 
-def sample() -> Decoder:
+def sample(cache: Int8Cache | None = None) -> Decoder:
     """The sample LM."""
-    return _built("tales-5m", SAMPLE)
+    return _built("tales-5m", SAMPLE, cache)
 
 
 def random_tensors() -> Iterator[tuple[str, NDArray[np.float16]]]:
@@ -95,12 +96,13 @@ def _tokenizer(size: int) -> str:
     return json.dumps(tokenizer)
 
 
-def _built(name: str, checkpoint: Path) -> Decoder:
+def _built(name: str, checkpoint: Path, cache: Int8Cache | None) -> Decoder:
     """Built again whenever the forge makes another graph."""
     sources = sorted((ROOT / "forge").glob("*.py"))
-    directory = HOME / f"{checkpoint.name}-{digest_of(b''.join(path.read_bytes() for path in sources))[:12]}"
+    kind = checkpoint.name if cache is None else f"{checkpoint.name}-int8-cache"
+    directory = HOME / f"{kind}-{digest_of(b''.join(path.read_bytes() for path in sources))[:12]}"
     if not (directory / VERSION_FILE).is_file():
         HOME.mkdir(parents=True, exist_ok=True)
         Console(stderr=True).print(f"building {name}")
-        build_version(checkpoint, directory, (name, "1"))
+        build_version(checkpoint, directory, (name, "1"), cache=cache)
     return Decoder(name, checkpoint, directory, read_version(directory))

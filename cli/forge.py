@@ -1,6 +1,7 @@
 """`amperage forge`: build, judge, pack and sign models."""
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,8 @@ from cli.terminal import console, progress
 from codec.versions import VERSION_FILE, read_version
 from forge.artifact import Artifact, artifacts_in, read_artifact
 from forge.build import build_version, parameters_of
-from forge.evaluate import evaluate_version
+from forge.cache_scales import Int8Cache
+from forge.evaluate import evaluate_version, read_windows
 from forge.extract import extract_artifact
 from forge.inspect import inspect_artifact
 from forge.picture import draw_layers
@@ -24,6 +26,14 @@ from wire.errors import ConfigError
 from wire.manifest import VersionDocument
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+class CacheType(StrEnum):
+    """How keys and values are cached."""
+
+    FLOAT32 = "float32"
+    INT8 = "int8"
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
@@ -40,11 +50,22 @@ def build(
     version: Annotated[str, typer.Option(help="Version for people, for example 1.0.")],
     out: Annotated[Path, typer.Option(help="New version directory.")],
     scales_of: Annotated[Path | None, typer.Option(help="Version whose scales are kept for a small delta.")] = None,
+    kv_cache: Annotated[
+        CacheType, typer.Option(help="How the runtime keeps keys and values; int8 takes a quarter of the memory.")
+    ] = CacheType.FLOAT32,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Token windows for the scales of int8, as in samples/eval; else its own text.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Import a checkpoint, quantise it to int4, write the version directory."""
+    cache = None
+    if kv_cache is CacheType.INT8:
+        cache = Int8Cache(read_windows(calibration) if calibration is not None else None)
+    elif calibration is not None:
+        raise ConfigError("a float32 cache needs no calibration; leave it out, or add --kv-cache int8")
     with progress() as report:
-        document = build_version(source, out, (name, version), scales_of=scales_of, progress=report)
+        document = build_version(source, out, (name, version), scales_of=scales_of, cache=cache, progress=report)
     figures = {
         "model": name, "version": version, "decoded": document.decoded_digest(),
         "parameters": parameters_of(document), "raw_bytes": sum(entry.size_bytes for entry in document.files),

@@ -10,21 +10,23 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from onnx import ModelProto
 from tokenizers import Tokenizer
 
 from codec.versions import VERSION_FILE, read_version, stream_bytes
+from forge.cache_scales import Int8Cache, measure_scales, place_scales
 from forge.checkpoint import Architecture, Checkpoint
 from forge.decoder_weights import place_weights
 from forge.golden import make_golden, write_golden
 from forge.graph import build_graph
-from forge.progress import Progress
+from forge.progress import Progress, silent
 from forge.quantise import Float
 from forge.reference import MODEL_FILE, shipped_judge, twin_judge
 from forge.weights import WEIGHTS_FILE, writing_weights
 from wire.documents import encode_document
 from wire.errors import ConfigError
 from wire.golden import GOLDEN_FILE
-from wire.manifest import DecoderConfig, FileEntry, Layout, TensorColumns, VersionDocument, streams_of
+from wire.manifest import DecoderConfig, Dtype, FileEntry, Layout, TensorColumns, VersionDocument, streams_of
 
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -34,12 +36,13 @@ PLAIN_TEMPLATE = "{%- for message in messages -%}{{ message['content'] }}{{ '\\n
 """For checkpoints without a chat template: the messages' texts joined by blank lines."""
 
 
-def build_version(
+def build_version(  # noqa: PLR0913  # each is a choice of the caller, three of them by name
     source: Path, out: Path, named: tuple[str, str], *, scales_of: Path | None = None,
-    progress: Progress | None = None,
+    cache: Int8Cache | None = None, progress: Progress | None = None,
 ) -> VersionDocument:  # fmt: skip
     """Build the version directory `out` from the checkpoint `source`; `named` is (model, version). `scales_of` is the
-    version whose scales are kept where they fit, so that a delta to it is sparse.
+    version whose scales are kept where they fit, so that a delta to it is sparse. Without `cache` keys and values are
+    cached as float32.
 
     Raises ConfigError or ArtifactError with a remedy when the checkpoint does not fit.
     """
@@ -51,13 +54,18 @@ def build_version(
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
     base_scales = read_scales(scales_of) if scales_of else None
+    _copy_text(source, temporary)
     with writing_weights(temporary) as writer:
         weights = place_weights(checkpoint, writer, base_scales=base_scales, progress=progress)
-    graph = build_graph(checkpoint.architecture, weights)
-    (temporary / MODEL_FILE).write_bytes(graph.SerializeToString(deterministic=True))
-    _copy_text(source, temporary)
+        _write_graph(temporary, build_graph(checkpoint.architecture, weights))
+        config = _config(checkpoint.architecture)
+        if cache is not None:
+            writer.sink.flush()
+            scales = place_scales(writer, measure_scales(temporary, config, cache, progress or silent))
+            _write_graph(temporary, build_graph(checkpoint.architecture, weights, scales))
+            config = config.model_copy(update={"kv_cache": Dtype.I8})
     columns = writer.columns(FILES.index(WEIGHTS_FILE))
-    identity = (*named, _config(checkpoint.architecture))
+    identity = (*named, config)
     draft = _describe(temporary, identity, columns, FILES[:-1])
     if progress is not None:
         progress("golden vectors", 0, 1)
@@ -88,6 +96,10 @@ def read_scales(directory: Path) -> dict[str, Float]:
         if stream.layout is Layout.F32_BF16_GRID:
             scales[stream.name] = stream_bytes(directory, stream).view(np.float32).reshape(shapes[stream.name])
     return scales
+
+
+def _write_graph(directory: Path, graph: ModelProto) -> None:
+    (directory / MODEL_FILE).write_bytes(graph.SerializeToString(deterministic=True))
 
 
 def _copy_text(source: Path, out: Path) -> None:

@@ -1,6 +1,7 @@
 """Quality of a version: perplexity over token windows, and how far it is from its float32 twin."""
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codec.versions import read_version
-from forge.progress import Progress
+from forge.progress import Progress, silent
 from forge.quantise import Float
-from forge.reference import Judge, shipped_judge, twin_judge
+from forge.reference import Judge, float_cache_judge, shipped_judge, twin_judge
 from wire.errors import ConfigError
+from wire.manifest import Dtype
 
 WINDOWS_LIMIT_BYTES = 16 * 1024 * 1024
 Double = NDArray[np.float64]
@@ -44,29 +46,51 @@ def perplexity(judge: Judge, windows: list[list[int]]) -> float:
     return float(np.exp(np.mean(np.concatenate([window_losses(judge, window) for window in windows]))))
 
 
-def evaluate_version(directory: Path, windows: Path, limit: int, progress: Progress | None = None) -> dict[str, Any]:
-    """Perplexity of the int4 model and of its float32 twin, mean KL(twin || int4) in nats, top-1 agreement."""
+@dataclass(slots=True)
+class _Compared:
+    """Figures of one model against another, window by window."""
+
+    losses: list[Double] = field(default_factory=list)
+    divergence: list[Double] = field(default_factory=list)
+    agreement: list[NDArray[np.bool_]] = field(default_factory=list)
+
+    def add(self, window: list[int], scores: Double, others: Double) -> None:
+        """Log probabilities of both, float64 [len(window), vocabulary]; the losses are the other's."""
+        self.losses.append(-others[np.arange(len(window) - 1), window[1:]])
+        self.divergence.append((np.exp(others) * (others - scores)).sum(axis=1))
+        self.agreement.append(scores.argmax(axis=1) == others.argmax(axis=1))
+
+    def figures(self, name: str, suffix: str) -> dict[str, float]:
+        """Perplexity of the other, KL(other || ours) in nats, and how often the best token is the same."""
+        return {
+            f"perplexity_{name}": round(float(np.exp(np.mean(np.concatenate(self.losses)))), 4),
+            f"kl_nats{suffix}": round(float(np.mean(np.concatenate(self.divergence))), 6),
+            f"top1_agreement{suffix}": round(float(np.mean(np.concatenate(self.agreement))), 4),
+        }
+
+
+def evaluate_version(directory: Path, windows: Path, limit: int, progress: Progress = silent) -> dict[str, Any]:
+    """Perplexity of the int4 model and of its float32 twin, mean KL(twin || int4) in nats, top-1 agreement; for an int8
+    cache also against the same model with a float32 cache, which is what the cache costs.
+    """
     version = read_version(directory)
     chosen = read_windows(windows)[:limit]
-    shipped, twin = shipped_judge(directory, version), twin_judge(directory, version)
+    shipped = shipped_judge(directory, version)
+    others = {"float_twin": (twin_judge(directory, version), "", _Compared())}
+    if version.config.kv_cache is not Dtype.F32:
+        others["float_cache"] = (float_cache_judge(directory, version), "_of_cache", _Compared())
     losses: list[Double] = []
-    twin_losses: list[Double] = []
-    divergence: list[Double] = []
-    agreement: list[NDArray[np.bool_]] = []
     for number, window in enumerate(chosen):
-        if progress is not None:
-            progress("evaluate", number, len(chosen))
-        ours, theirs = log_probabilities(shipped.logits(window)), log_probabilities(twin.logits(window))
-        rows = np.arange(len(window) - 1)
-        losses.append(-ours[rows, window[1:]])
-        twin_losses.append(-theirs[rows, window[1:]])
-        divergence.append((np.exp(theirs) * (theirs - ours)).sum(axis=1))
-        agreement.append(ours.argmax(axis=1) == theirs.argmax(axis=1))
-    return {
+        progress("evaluate", number, len(chosen))
+        ours = log_probabilities(shipped.logits(window))
+        losses.append(-ours[np.arange(len(window) - 1), window[1:]])
+        for judge, _, compared in others.values():
+            compared.add(window, ours, log_probabilities(judge.logits(window)))
+    figures: dict[str, Any] = {
         "windows": len(chosen),
         "tokens": sum(len(window) for window in chosen),
         "perplexity": round(float(np.exp(np.mean(np.concatenate(losses)))), 4),
-        "perplexity_float_twin": round(float(np.exp(np.mean(np.concatenate(twin_losses)))), 4),
-        "kl_nats": round(float(np.mean(np.concatenate(divergence))), 6),
-        "top1_agreement": round(float(np.mean(np.concatenate(agreement))), 4),
     }
+    for name, (_, suffix, compared) in others.items():
+        figures |= compared.figures(name, suffix)
+    return figures

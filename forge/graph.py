@@ -23,6 +23,12 @@ INT8_ACTIVATIONS = 4
 """MatMulNBits accuracy_level: activations are quantised to int8, which the fast kernels of every CPU need."""
 
 
+FLOAT_ATTENTION_INPUTS = 9
+"""Inputs of GroupQueryAttention with a float32 cache; with an int8 cache positions, bias and sink follow, all left out,
+and then the scales."""
+CACHE_ATTRIBUTES = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+
+
 @dataclass(frozen=True, slots=True)
 class Matrix:
     """A matrix [rows, columns] in weights.bin: int4 (`packed`, `scales`) or float32 stored transposed (`dense`)."""
@@ -119,6 +125,14 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheScales:
+    """float32 [1, kv_heads, 1, head_size] each: a cached int8 times its channel's scale is the key or value."""
+
+    key: Placed
+    value: Placed
+
+
+@dataclass(frozen=True, slots=True)
 class Weights:
     """Everything that the graph needs from weights.bin."""
 
@@ -128,8 +142,11 @@ class Weights:
     head: Matrix
 
 
-def build_graph(architecture: Architecture, weights: Weights) -> ModelProto:
-    """The decoder graph; deterministic for the same input."""
+def build_graph(
+    architecture: Architecture, weights: Weights, cache_scales: list[CacheScales] | None = None
+) -> ModelProto:
+    """The decoder graph; deterministic for the same input. With `cache_scales`, one per layer, keys and values are
+    cached as int8, else as float32."""
     b = GraphBuilder(architecture)
     cos, sin = b.rotary_tables()
     residual = b.embed("model.embed_tokens", "input_ids", weights.embedding)
@@ -141,7 +158,7 @@ def build_graph(architecture: Architecture, weights: Weights) -> ModelProto:
         epsilon=architecture.rms_epsilon,
     )
     for i, layer in enumerate(weights.layers):
-        attended = _attention(b, i, normed, layer, (cos, sin))
+        attended = _attention(b, i, normed, layer, (cos, sin), cache_scales[i] if cache_scales else None)
         normed, residual = _skip_norm(b, f"model.layers.{i}.post_norm", (attended, residual), layer.post_norm)
         fed = _mlp(b, f"model.layers.{i}.mlp", normed, layer)
         last = i == len(weights.layers) - 1
@@ -149,10 +166,12 @@ def build_graph(architecture: Architecture, weights: Weights) -> ModelProto:
         norm = weights.norm if last else weights.layers[i + 1].input_norm
         normed, residual = _skip_norm(b, name, (fed, residual), norm)
     _head(b, normed, weights.head)
-    return _model(b)
+    return _model(b, TensorProto.INT8 if cache_scales else TensorProto.FLOAT)
 
 
-def _attention(b: GraphBuilder, i: int, source: str, layer: Layer, tables: tuple[str, str]) -> str:
+def _attention(  # noqa: PLR0913  # each is another input of the node
+    b: GraphBuilder, i: int, source: str, layer: Layer, tables: tuple[str, str], cache: CacheScales | None
+) -> str:
     a, name = b.architecture, f"model.layers.{i}.attention"
     qkv = b.matmul(f"{name}.qkv", source, layer.qkv)
     inputs = [
@@ -160,9 +179,12 @@ def _attention(b: GraphBuilder, i: int, source: str, layer: Layer, tables: tuple
         *tables,
     ]  # fmt: skip
     outputs = [name, f"present.{i}.key", f"present.{i}.value"]
+    if cache is not None:
+        scales = (b.vector(f"{name}.key_scales", cache.key), b.vector(f"{name}.value_scales", cache.value))
+        inputs += ["", "", "", *scales]
     b.node(
         "GroupQueryAttention", inputs, outputs, CONTRIB, num_heads=a.heads, kv_num_heads=a.kv_heads, do_rotary=1,
-        rotary_interleaved=0, scale=a.head_size**-0.5,
+        rotary_interleaved=0, scale=a.head_size**-0.5, **(CACHE_ATTRIBUTES if cache is not None else {}),
     )  # fmt: skip
     return b.matmul(f"{name}.output", name, layer.output)
 
@@ -193,7 +215,7 @@ def _head(b: GraphBuilder, source: str, head: Matrix) -> None:
     b.matmul("logits", "head.chosen", head)
 
 
-def _model(b: GraphBuilder) -> ModelProto:
+def _model(b: GraphBuilder, cache_type: int) -> ModelProto:
     a = b.architecture
     cache: list[str | int | None] = ["B", a.kv_heads, "C", a.head_size]
     inputs = [
@@ -205,8 +227,8 @@ def _model(b: GraphBuilder) -> ModelProto:
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["R", a.vocab_size])]
     for i in range(a.layers):
         for part in ("key", "value"):
-            inputs.append(helper.make_tensor_value_info(f"past_key_values.{i}.{part}", TensorProto.FLOAT, cache))
-            outputs.append(helper.make_tensor_value_info(f"present.{i}.{part}", TensorProto.FLOAT, cache))
+            inputs.append(helper.make_tensor_value_info(f"past_key_values.{i}.{part}", cache_type, cache))
+            outputs.append(helper.make_tensor_value_info(f"present.{i}.{part}", cache_type, cache))
     graph = helper.make_graph(b.nodes, "decoder", inputs, outputs, b.initializers)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="amperage")

@@ -19,7 +19,7 @@ from onnx.external_data_helper import load_external_data_for_model
 
 from forge.checkpoint import Checkpoint
 from forge.decoder_weights import place_weights
-from forge.graph import build_graph
+from forge.graph import CACHE_ATTRIBUTES, FLOAT_ATTENTION_INPUTS, build_graph
 from forge.quantise import Float, Int4Matrix
 from forge.weights import writing_weights
 from wire.manifest import DecoderConfig, VersionDocument
@@ -37,11 +37,13 @@ class Judge:
         source = str(model) if isinstance(model, Path) else model
         self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         self._layers, self._kv_heads, self._head_size = layers, kv_heads, head_size
+        types = {entry.type for entry in self._session.get_inputs()}
+        self._cache_dtype = np.int8 if "tensor(int8)" in types else np.float32
 
     def logits(self, ids: Sequence[int], rows: Sequence[int] | None = None) -> Float:
         """Logits float32 [len(rows), vocabulary] of the prompt `ids` in one forward; all rows by default."""
         length = len(ids)
-        empty = np.zeros((1, self._kv_heads, length, self._head_size), np.float32)
+        empty = np.zeros((1, self._kv_heads, length, self._head_size), self._cache_dtype)
         feeds: dict[str, NDArray[np.generic]] = {
             "input_ids": np.asarray([ids], np.int64),
             "seqlens_k": np.asarray([length - 1], np.int32),
@@ -63,6 +65,14 @@ def twin_judge(directory: Path, version: VersionDocument) -> Judge:
     return Judge(float_twin(directory).SerializeToString(), *_shape(version.config))
 
 
+def float_cache_judge(directory: Path, version: VersionDocument) -> Judge:
+    """The model as a node runs it, but with a float32 cache: what an int8 cache is judged by."""
+    model = onnx.load(str(directory / MODEL_FILE), load_external_data=False)
+    load_external_data_for_model(model, str(directory))
+    _cache_in_float(model)
+    return Judge(model.SerializeToString(), *_shape(version.config))
+
+
 def checkpoint_judge(checkpoint: Checkpoint, scratch: Path) -> Judge:
     """The checkpoint itself in float32; `scratch` is an empty directory that must outlive the judge."""
     with writing_weights(scratch) as writer:
@@ -73,9 +83,11 @@ def checkpoint_judge(checkpoint: Checkpoint, scratch: Path) -> Judge:
 
 
 def float_twin(directory: Path) -> ModelProto:
-    """The graph of `directory` with MatMulNBits and GatherBlockQuantized replaced by MatMul and Gather in float32."""
+    """The graph of `directory` with MatMulNBits and GatherBlockQuantized replaced by MatMul and Gather in float32, and
+    with a float32 cache."""
     model = onnx.load(str(directory / MODEL_FILE), load_external_data=False)
     load_external_data_for_model(model, str(directory))
+    _cache_in_float(model)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     kept: dict[str, TensorProto] = dict(stored)
     nodes = []
@@ -96,6 +108,19 @@ def float_twin(directory: Path) -> ModelProto:
     model.graph.node.extend(nodes)
     model.graph.initializer.extend(kept.values())
     return model
+
+
+def _cache_in_float(model: ModelProto) -> None:
+    """Let every GroupQueryAttention cache float32; nothing to do where it does."""
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith(("past_key_values.", "present.")):
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            del node.input[FLOAT_ATTENTION_INPUTS:]
+            kept = [attribute for attribute in node.attribute if attribute.name not in CACHE_ATTRIBUTES]
+            del node.attribute[:]
+            node.attribute.extend(kept)
 
 
 def _dequantised(packed: TensorProto, scales: TensorProto) -> Float:

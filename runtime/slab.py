@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from runtime.prefix import BLOCK_TOKENS
 from wire.errors import Code, DeployError
-from wire.manifest import DecoderConfig
+from wire.manifest import DecoderConfig, Dtype
 
 _MAP_NORESERVE = 0x4000  # mman.h of x86 and arm64; in Python's mmap from 3.13 on
 _MAP_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
@@ -39,16 +39,21 @@ class Shape:
     """What `capacity` comes from, for whoever asks for more."""
 
 
+def cache_dtype(config: DecoderConfig) -> np.dtype[Any]:
+    """numpy's type of cached keys and values."""
+    return np.dtype(np.int8 if config.kv_cache is Dtype.I8 else np.float32)
+
+
 def token_bytes(config: DecoderConfig) -> int:
     """Bytes of one token's keys and values in all layers."""
-    return 2 * config.layers * config.kv_heads * config.head_size * np.dtype(np.float32).itemsize
+    return 2 * config.layers * config.kv_heads * config.head_size * cache_dtype(config).itemsize
 
 
 class Slab:
     """Keys and values. Raises DeployError(load_failed) when the machine refuses the address space."""
 
     def __init__(self, config: DecoderConfig, shape: Shape) -> None:
-        dtype = np.dtype(np.float32)
+        dtype = cache_dtype(config)
         self._row_bytes = config.head_size * dtype.itemsize
         whole = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, self._row_bytes)
         parts, rows = 2 * config.layers, -(-shape.capacity // whole) * whole

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from runtime_fixtures import base_version
+from runtime_fixtures import Version, base_version
 
 from runtime.engine import Engine
 from runtime.generation import End, Event, Generation
@@ -45,8 +45,8 @@ class CountedModel(Model):
         return logits
 
 
-def load(slots: int, capacity: int, kept_blocks: int = 0) -> Model:
-    return _load(Model, Shape(slots, capacity, kept_blocks))
+def load(slots: int, capacity: int, kept_blocks: int = 0, version: Version | None = None) -> Model:
+    return _load(Model, Shape(slots, capacity, kept_blocks), version)
 
 
 def load_counted(shape: Shape) -> CountedModel:
@@ -55,8 +55,8 @@ def load_counted(shape: Shape) -> CountedModel:
     return model
 
 
-def _load(kind: type[Loaded], shape: Shape) -> Loaded:
-    version = base_version()
+def _load(kind: type[Loaded], shape: Shape, version: Version | None = None) -> Loaded:
+    version = version or base_version()
     return kind(version.directory, version.document.config, shape, ExecutionOptions(threads=1))
 
 

@@ -23,6 +23,7 @@ from openai import OpenAI
 from safetensors.numpy import save_file
 
 from forge.build import build_version, reseal_version
+from forge.cache_scales import Int8Cache
 from host.unix_http import UnixConnection
 from wire.documents import encode_document
 from wire.manifest import VersionDocument
@@ -50,16 +51,21 @@ class Version:
 
 
 @cache
-def built(checkpoint: str, version: str) -> Version:
+def built(checkpoint: str, version: str, cache_choice: Int8Cache | None = None) -> Version:
     """A sample checkpoint as a version, made once per test run."""
     home = Path(tempfile.mkdtemp(prefix="amperage-runtime-"))
     atexit.register(shutil.rmtree, home)
-    document = build_version(PROJECT / "samples" / checkpoint, home / "version", (MODEL, version))
+    source = PROJECT / "samples" / checkpoint
+    document = build_version(source, home / "version", (MODEL, version), cache=cache_choice)
     return Version(home / "version", document)
 
 
 def base_version() -> Version:
     return built("tales-5m-base", "1.0")
+
+
+def int8_cache_version() -> Version:
+    return built("tales-5m-base", "1.0", Int8Cache())
 
 
 def tuned_version() -> Version:

@@ -11,7 +11,7 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from wire.digest import Digest, digest_of
 from wire.documents import Command, SchemaOne, encode_document
@@ -114,6 +114,16 @@ class DecoderConfig(Command):
     context_tokens: Annotated[int, Field(ge=1, le=1 << 22)]
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    kv_cache: Annotated[Dtype, Field(exclude_if=lambda dtype: dtype is Dtype.F32)] = Dtype.F32
+    """Type of cached keys and values, `f32` or `i8`. `f32` is not written, so that documents of versions without the
+    choice keep their digest."""
+
+    @field_validator("kv_cache")
+    @classmethod
+    def _check_cache(cls, dtype: Dtype) -> Dtype:
+        if dtype not in (Dtype.F32, Dtype.I8):
+            raise ValueError("keys and values are cached as f32 or i8")
+        return dtype
 
 
 class VersionDocument(Command):

@@ -1,6 +1,7 @@
 """Manifest and version document: what their validators refuse, streams, frames."""
 
 import hashlib
+import json
 from itertools import pairwise
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wire.documents import encode_document, parse_document
+from wire.errors import ArtifactError
 from wire.manifest import (
     BITS,
     FRAME_BYTES,
@@ -199,3 +202,19 @@ def test_frames_cover_the_pack_without_gap_and_none_crosses_from_index_to_data(i
     assert all(end == start for (_, end), (start, _) in pairwise(ranges))
     assert all(0 < end - start <= FRAME_BYTES for start, end in ranges)
     assert not any(start < index_size < end for start, end in ranges)
+
+
+def test_float_cache_is_not_written_so_that_older_documents_keep_their_digest() -> None:
+    data = encode_document(CONFIG)
+    assert b"kv_cache" not in data
+    old = json.loads(data)
+    assert parse_document(DecoderConfig, json.dumps(old).encode()).kv_cache is Dtype.F32
+    int8 = CONFIG.model_copy(update={"kv_cache": Dtype.I8})
+    assert json.loads(encode_document(int8)) == old | {"kv_cache": "i8"}
+    assert parse_document(DecoderConfig, encode_document(int8)) == int8
+
+
+def test_cache_of_another_type_is_refused() -> None:
+    unknown = json.dumps(json.loads(encode_document(CONFIG)) | {"kv_cache": "u4"}).encode()
+    with pytest.raises(ArtifactError, match="kv_cache"):
+        parse_document(DecoderConfig, unknown)

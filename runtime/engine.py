@@ -1,13 +1,13 @@
 """Continuous batching: one thread per loaded version that decodes all running answers together, token by token.
 
-A step decodes one token of every running answer, then reads one chunk of one waiting prompt, or a few whole prompts
-that together are no longer than a chunk; requests join and leave between any two steps. Invariants: running answers
-hold slots 0..k-1; prompts being read hold slots at or above k, so an answer that leaves is replaced by the last one
-without touching it; no step begins with a request that was cancelled, and a step that reads for nobody is cut short;
-a request gets a slot when there is memory for all that it may become, in the order of arrival; the thread blocks when
-it has nothing to do. An exception of a step fails the requests that were in it and nothing else. Whole blocks of what
-was read or generated are kept at once, so that the next request that begins alike copies them, whether or not their
-donor still runs.
+A step decodes one token of every running answer, or verifies a draft of each, which gives some of them several tokens
+(runtime/speculation.py); then it reads one chunk of one waiting prompt, or a few whole prompts that together are no
+longer than a chunk. Requests join and leave between any two steps. Invariants: running answers hold slots 0..k-1;
+prompts being read hold slots at or above k, so an answer that leaves is replaced by the last one without touching it;
+no step begins with a request that was cancelled, and a step that reads for nobody is cut short; a request gets a slot
+when there is memory for all that it may become, in the order of arrival; the thread blocks when it has nothing to do.
+An exception of a step fails the requests that were in it and nothing else. Whole blocks of what was read or generated
+are kept at once, so that the next request that begins alike copies them, whether or not their donor still runs.
 
 Kernels for other batch sizes round differently. A request that is `alone` therefore shares no step and no kept block
 with others: it is read from its first token in chunks of PREFILL_TOKENS and decoded by steps of one token of one slot,
@@ -26,6 +26,7 @@ from runtime.model import PREFILL_TOKENS, Float, Interrupt, Model
 from runtime.pace import Pace
 from runtime.prefix import BLOCK_TOKENS, PrefixCache
 from runtime.sampling import score
+from runtime.speculation import Drafter, Speculation
 from runtime.stats import Stats
 from wire.errors import Code, InferenceError
 
@@ -41,14 +42,15 @@ _log = structlog.get_logger(__name__)
 class Engine:
     """Runs the generations of one model."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # three are named
         self, name: str, model: Model, stats: Stats, *, max_queue: int,
-        deliver: Callable[[Deliveries], None] = deliver_directly,
+        deliver: Callable[[Deliveries], None] = deliver_directly, speculation: Speculation | None = None,
     ) -> None:  # fmt: skip
         self._model, self.stats, self._deliver = model, stats, deliver
         self._slab = model.slab
         self._prefixes = PrefixCache(model.shape.kept_blocks)
         self._pace = Pace()
+        self._speculation = speculation
         self._vocab_size = model.config.vocab_size
         self._open_limit = model.shape.slots + max_queue
         self._changed = threading.Condition()
@@ -123,7 +125,7 @@ class Engine:
     def _run(self) -> None:
         while self._await_work():
             self._drop_cancelled()
-            self._decode()
+            self._advance()
             self._read()
         leaving = [*self._running, *self._waiting, *self._reading]
         self._deliver([(generation, End(Reason.CANCELLED)) for generation in leaving])
@@ -143,6 +145,15 @@ class Engine:
         left: Deliveries = [(g, End(g.cancelled)) for g in here if g.cancelled is not None]
         if left:
             self._finish(left)
+
+    def _advance(self) -> None:
+        """A token or more for every running answer."""
+        speculation, running = self._speculation, self._running
+        drafts = speculation.plan([(g.drafter, g.left) for g in running]) if speculation and running else None
+        if speculation is None or drafts is None:
+            self._decode()
+        else:
+            self._verify(drafts, speculation)
 
     def _decode(self) -> None:
         """One token for every running answer."""
@@ -171,7 +182,33 @@ class Engine:
             generation.length += 1
             self._keep(generation)
             self._sample(generation, logits[row], deliveries)
-        self.stats.decoded(len(wanted), time.perf_counter() - began_s)
+        span_s = time.perf_counter() - began_s
+        self.stats.decoded(len(wanted), span_s)
+        if self._speculation and not alone:
+            self._speculation.decoded(len(rows), span_s)
+        self._finish(deliveries)
+
+    def _verify(self, drafts: list[list[int]], speculation: Speculation) -> None:
+        """For each running answer what its draft has in common with what is drawn, and the token where they part."""
+        deliveries: Deliveries = []
+        for generation, draft in zip(self._running, drafts, strict=True):
+            began_s = time.perf_counter()
+            try:
+                logits = self._model.verify(generation.slot, [generation.tokens[-1], *draft], generation.length)
+            except Exception as error:  # noqa: BLE001  as in _step
+                deliveries.append((generation, _failure([generation], error)))
+                continue
+            given = 0
+            for row, guess in zip(logits, [*draft, None], strict=True):
+                given += 1
+                generation.length += 1  # what lies behind a wrong guess is never read, the next step writes there
+                if not self._sample(generation, row, deliveries) or generation.tokens[-1] != guess:
+                    break
+            self._keep(generation)
+            span_s = time.perf_counter() - began_s
+            self.stats.decoded(given, span_s)
+            self.stats.speculated(len(draft), given - 1)
+            speculation.verified(len(drafts), 1 + len(draft), given, span_s)
         self._finish(deliveries)
 
     def _read(self) -> None:
@@ -285,26 +322,31 @@ class Engine:
     def _join(self, generation: Generation) -> None:
         """From reading to running, in the first slot that is free by now."""
         self._reading.remove(generation)
+        if self._speculation and not generation.alone:
+            generation.drafter = Drafter(generation.tokens, self._speculation.rates)
         slot = len(self._running)
         if generation.slot != slot:
             self._slab.move(generation.slot, slot, generation.length)
             generation.slot = slot
         self._running.append(generation)
 
-    def _sample(self, generation: Generation, logits: Float, deliveries: Deliveries) -> None:
+    def _sample(self, generation: Generation, logits: Float, deliveries: Deliveries) -> bool:
+        """Draw its next token; False when it ended."""
         try:
             token = generation.sampler.draw(logits)
         except InferenceError as error:
             deliveries.append((generation, End(Reason.FAILED, error)))
-            return
+            return False
         generation.tokens.append(token)
         if token in generation.ends:
             deliveries.append((generation, End(Reason.STOP)))
-            return
+            return False
         event = token if generation.top_logprobs is None else score(logits, token, generation.top_logprobs)
         deliveries.append((generation, event))
-        if len(generation.tokens) - len(generation.prompt) >= generation.max_tokens:
-            deliveries.append((generation, End(Reason.LENGTH)))
+        if generation.left > 0:
+            return True
+        deliveries.append((generation, End(Reason.LENGTH)))
+        return False
 
     def _finish(self, deliveries: Deliveries) -> None:
         """Hand out a step's events, the slots of what ended being free already."""
@@ -315,20 +357,18 @@ class Engine:
             self._deliver(deliveries)
 
     def _fail(self, generations: list[Generation], error: Exception) -> None:
-        _log.error("step failed", requests=len(generations), error=str(error)[:500])
-        message = "the model failed on this request; the runtime's log has the reason"
-        end = End(Reason.FAILED, InferenceError(Code.INTERNAL, message, 500))
+        end = _failure(generations, error)
         self._finish([(generation, end) for generation in generations])
 
     def _leave(self, generation: Generation, end: End) -> None:
         """Free the slot; the last running answer moves into the gap."""
-        self._slab.free(generation.slot, generation.length)
+        self._slab.free(generation.slot, generation.written)
         if generation in self._reading:
             self._reading.remove(generation)
         else:
             last = self._running.pop()
             if last is not generation:
-                self._slab.move(last.slot, generation.slot, last.length)
+                self._slab.move(last.slot, generation.slot, last.written)
                 last.slot = generation.slot
                 self._running[generation.slot] = last
         self._prefixes.release(generation.kept)
@@ -344,3 +384,10 @@ class Engine:
         """When a slot is probably free for one more: the median request's time for each turn of the queue."""
         typical_s = self.stats.snapshot().latency_p50_s or 1.0
         return min(60.0, max(1.0, typical_s * self._open / self._model.shape.slots))
+
+
+def _failure(generations: list[Generation], error: Exception) -> End:
+    """How the requests of a failed step end."""
+    _log.error("step failed", requests=len(generations), error=str(error)[:500])
+    message = "the model failed on this request; the runtime's log has the reason"
+    return End(Reason.FAILED, InferenceError(Code.INTERNAL, message, 500))

@@ -7,6 +7,7 @@ from enum import StrEnum
 from runtime.prefix import Block
 from runtime.sampling import Sampler, Sampling, Scored
 from runtime.slab import Shape
+from runtime.speculation import DRAFT_TOKENS, Drafter
 from wire.errors import Code, InferenceError
 
 
@@ -61,6 +62,8 @@ class Generation:
     kept: Block | None = None
     """Its last block in the prefix cache, and how many tokens that makes."""
     kept_tokens: int = 0
+    drafter: Drafter | None = None
+    """Guesses how it goes on; None: nobody does."""
     accepted_s: float = 0.0
     first_token_s: float = 0.0
 
@@ -72,6 +75,16 @@ class Generation:
     def room(self) -> int:
         """Tokens that it may come to hold."""
         return len(self.prompt) + self.max_tokens
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may still get."""
+        return self.room - len(self.tokens)
+
+    @property
+    def written(self) -> int:
+        """Tokens that its slot may hold: drafts that were wrong lie behind its own."""
+        return min(self.room, self.length + (DRAFT_TOKENS if self.drafter is not None else 0))
 
 
 def check_room(generation: Generation, shape: Shape) -> None:

@@ -21,6 +21,7 @@ from runtime.replicas import Replicas
 from runtime.session import ONNXRUNTIME
 from runtime.settings import RuntimeSettings
 from runtime.slab import Shape
+from runtime.speculation import Speculation
 from runtime.stats import Stats
 from runtime.text import Text
 from runtime.version import TOKENIZER_FILE, file_digest, open_version, weights_bytes
@@ -88,7 +89,10 @@ class Loader:
                 build = partial(Model, directory, document.config, shape, options)
                 with confined(group):
                     model, stale = load_model(self._cache, entry, stale, build)
-                    engines.append(Engine(entry.model, model, stats, max_queue=max_queue, deliver=deliver))
+                    speculation = Speculation() if self._settings.speculation else None
+                    engines.append(
+                        Engine(entry.model, model, stats, max_queue=max_queue, deliver=deliver, speculation=speculation)
+                    )
         except BaseException:
             Replicas(engines, stats).close()
             raise

@@ -10,6 +10,8 @@ _COUNTERS: tuple[tuple[str, str, str, Callable[[ModelStats], float | None]], ...
     ("failures_total", "counter", "Accepted requests that failed by no fault of the client.", lambda row: row.failures),
     ("prompt_tokens_total", "counter", "Tokens of prompts.", lambda row: row.prompt_tokens),
     ("completion_tokens_total", "counter", "Tokens generated.", lambda row: row.completion_tokens),
+    ("drafted_tokens_total", "counter", "Tokens guessed and verified.", lambda row: row.drafted_tokens),
+    ("accepted_tokens_total", "counter", "Guessed tokens that became the answer's.", lambda row: row.accepted_tokens),
     ("busy_seconds_total", "counter", "Seconds that the engine spent inside steps.", lambda row: row.busy_s),
     ("open_requests", "gauge", "Requests waiting or running.", lambda row: row.active),
     ("tokens_per_second", "gauge", "Tokens per second of decoding.", lambda row: row.tokens_per_s),

@@ -1,8 +1,8 @@
-"""One loaded decoder: its onnxruntime sessions, its memory for keys and values, and the two shapes in which it runs.
+"""One loaded decoder: its onnxruntime sessions, its memory for keys and values, and the shapes in which it runs.
 
 The graph contract is docs/design.md section 6. Invariants: past and present of a layer are the same memory, so a step
-writes one row per request and copies nothing; only the engine's thread calls `decode` and `prefill`; the slots in use
-by a batch of k are 0..k-1, because a slice of the slab from its start is contiguous and is bound without a copy.
+writes one row per token and copies nothing; only the engine's thread runs steps; the slots in use by a batch of k are
+0..k-1, because a slice of the slab from its start is contiguous and is bound without a copy.
 """
 
 import os
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from runtime.session import DECODING, READING, open_sessions
 from runtime.slab import Shape, Slab
+from runtime.speculation import DRAFT_TOKENS
 from wire.errors import Code, DeployError
 from wire.manifest import DecoderConfig
 from wire.serving import ExecutionOptions
@@ -75,6 +76,8 @@ class Model:
         self.slab = Slab(config, shape)
         self._decoders: dict[int, _Bound] = {}
         self._prefillers: dict[tuple[int, int, bool], _Bound] = {}
+        self._verifiers: dict[tuple[int, int], _Bound] = {}
+        self._verified = self._logits(1 + DRAFT_TOKENS)
 
     @property
     def reads_apart(self) -> bool:
@@ -89,7 +92,8 @@ class Model:
         k = len(tokens)
         bound = self._decoders.get(k)
         if bound is None:
-            bound = self._decoders[k] = self._bind(self._session, 0, k, np.arange(k, dtype=np.int64))
+            ids, rows = np.zeros((k, 1), np.int64), np.arange(k, dtype=np.int64)
+            bound = self._decoders[k] = self._bind(self._session, 0, ids, rows, self._logits(k))
         bound.input_ids[:, 0] = tokens
         bound.seqlens[:] = lengths
         bound.total[()] = max(lengths) + 1
@@ -130,14 +134,34 @@ class Model:
         bound.total[()] = longest
         return self._read(bound, ids, np.arange(len(prompts)) * longest + counts - 1, interrupt)
 
+    def verify(self, slot: int, tokens: list[int], length: int) -> Float:
+        """Append `tokens`, at most 1 + DRAFT_TOKENS, to `slot`, which holds `length` tokens.
+
+        To take tokens back, go on with a smaller length: what lies behind it is never read. Returns logits float32
+        [tokens, vocab_size], a view that the next call overwrites. They differ from those of `decode` in their last
+        bits, because other kernels make them.
+        """
+        count = len(tokens)
+        bound = self._verifiers.get((slot, count))
+        if bound is None:
+            ids, rows = np.zeros((1, count), np.int64), np.arange(count, dtype=np.int64)
+            bound = self._bind(self._session, slot, ids, rows, self._verified[:count])
+            self._verifiers[slot, count] = bound
+        bound.input_ids[0] = tokens
+        bound.seqlens[0] = length + count - 1
+        bound.total[()] = length + count
+        bound.session.run_with_iobinding(bound.binding)
+        return bound.logits
+
     def warm_up(self) -> None:
-        """Run both shapes once: the first request pays for no allocation, and a graph that loads but does not keep
-        the contract shows here. Raises DeployError(load_failed).
+        """Run every kind of step once: the first request pays for no allocation, and a graph that loads but does not
+        keep the contract shows here. Raises DeployError(load_failed).
         """
         token = self.config.bos_token_id or 0
         try:
             for wide in {False, self.reads_apart}:
                 self.prefill(0, [token] * min(8, self.shape.capacity - 1), 0, wide=wide)
+            self.verify(0, [token] * min(1 + DRAFT_TOKENS, self.shape.capacity), 0)
             for k in range(1, self.shape.slots + 1):
                 self.decode([token] * k, [0] * k)
                 self.slab.free(k - 1, 8)
@@ -152,7 +176,9 @@ class Model:
         """Give session and slab back now, whoever still holds this object; it cannot run any more."""
         self._decoders.clear()
         self._prefillers.clear()
+        self._verifiers.clear()
         self.slab.close()
+        self._verified = np.zeros((0, 0), np.float32)
         self._session = self._reader = None
 
     def _reading_binding(self, slot: int, prompts: int, tokens: int, wide: bool | None) -> _Bound:
@@ -160,7 +186,8 @@ class Model:
         bound = self._prefillers.get((slot, prompts, wide))
         if bound is None:
             session = self._reader if wide else self._session
-            bound = self._bind(session, slot, prompts, np.zeros(prompts, np.int64))
+            ids, rows = np.zeros((prompts, 1), np.int64), np.zeros(prompts, np.int64)
+            bound = self._bind(session, slot, ids, rows, self._logits(prompts))
             self._prefillers[slot, prompts, wide] = bound
         return bound
 
@@ -172,12 +199,13 @@ class Model:
         bound.session.run_with_iobinding(bound.binding, interrupt.options if interrupt is not None else None)
         return bound.logits
 
-    def _bind(self, session: Any, slot: int, k: int, logit_rows: Int) -> _Bound:
-        """Bind slots slot..slot+k-1 for steps of one token each."""
-        bound = _Bound(
-            session, session.io_binding(), np.zeros((k, 1), np.int64), np.zeros(k, np.int32), np.zeros((), np.int32),
-            np.zeros((k, self.config.vocab_size), np.float32),
-        )  # fmt: skip
+    def _logits(self, rows: int) -> Float:
+        return np.zeros((rows, self.config.vocab_size), np.float32)
+
+    def _bind(self, session: Any, slot: int, ids: Int, logit_rows: Int, logits: Float) -> _Bound:
+        """Bind the slots from `slot` on, one for each row of `ids`."""
+        k = len(ids)
+        bound = _Bound(session, session.io_binding(), ids, np.zeros(k, np.int32), np.zeros((), np.int32), logits)
         inputs: dict[str, NDArray[Any]] = {
             "input_ids": bound.input_ids, "logit_rows": logit_rows, "seqlens_k": bound.seqlens,
             "total_sequence_length": bound.total,

@@ -35,6 +35,9 @@ class RuntimeSettings(Settings):
     """Memory per model for keys and values, kept prefixes included; 0 means half of what is left when it loads."""
     prefix_cache_bytes: Annotated[int, Field(ge=0)] = 128 << 20
     """Memory per model for what prompts began with, for the next that begins alike; 0 turns it off."""
+    speculation: bool = True
+    """Whether an answer that repeats its prompt or itself may get several tokens in one step. What repeats nothing
+    keeps its speed, and no answer's distribution changes."""
     request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0
     """From the last byte of a request to the last byte of its answer."""
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 20.0

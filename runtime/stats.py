@@ -19,6 +19,8 @@ class Snapshot:
     failures: int
     prompt_tokens: int
     completion_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     busy_s: float
     latency_p50_s: float | None
     latency_p95_s: float | None
@@ -42,6 +44,7 @@ class Stats:
         self._lock = threading.Lock()
         self._requests = self._failures = 0
         self._prompt_tokens = self._completion_tokens = self._decoded_tokens = 0
+        self._drafted_tokens = self._accepted_tokens = 0
         self._busy_s = self._decode_s = 0.0
         self._window: deque[_Ended] = deque(maxlen=WINDOW_REQUESTS)
 
@@ -64,6 +67,12 @@ class Stats:
             self._decode_s += span_s
             self._busy_s += span_s
 
+    def speculated(self, drafted: int, accepted: int) -> None:
+        """Of `drafted` tokens that were verified, `accepted` became the answer's."""
+        with self._lock:
+            self._drafted_tokens += drafted
+            self._accepted_tokens += accepted
+
     def prefilled(self, tokens: int, span_s: float) -> None:
         """A chunk of a prompt was read; it gave `tokens`, one when it was the last chunk."""
         with self._lock:
@@ -81,7 +90,8 @@ class Stats:
             window = list(self._window)
             latencies, firsts = [e.latency_s for e in window], [e.first_token_s for e in window]
             return Snapshot(
-                self._requests, self._failures, self._prompt_tokens, self._completion_tokens, self._busy_s,
+                self._requests, self._failures, self._prompt_tokens, self._completion_tokens,
+                self._drafted_tokens, self._accepted_tokens, self._busy_s,
                 quantile(latencies, 0.5), quantile(latencies, 0.95), quantile(firsts, 0.5), self._rate(window),
             )  # fmt: skip
 

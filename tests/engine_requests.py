@@ -1,7 +1,7 @@
 """Requests to an engine over the real sample model, and how their answers are judged."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from runtime.generation import End, Event, Generation
 from runtime.model import Float, Model
 from runtime.sampling import Sampling
 from runtime.slab import Shape
+from runtime.speculation import DRAFT_TOKENS, Drafter, Speculation
 from wire.serving import ExecutionOptions
 
 Loaded = TypeVar("Loaded", bound=Model)
@@ -37,6 +38,9 @@ class CountedModel(Model):
     def prefill_together(self, *where: Any) -> Float:
         return self._counted("read together", lambda: super(CountedModel, self).prefill_together(*where))
 
+    def verify(self, slot: int, tokens: list[int], length: int) -> Float:
+        return self._counted("verify", lambda: super(CountedModel, self).verify(slot, tokens, length))
+
     def _counted(self, step: str, run: Callable[[], Float]) -> Float:
         self.steps.append(step)
         self.before(step)
@@ -58,6 +62,26 @@ def load_counted(shape: Shape) -> CountedModel:
 def _load(kind: type[Loaded], shape: Shape, version: Version | None = None) -> Loaded:
     version = version or base_version()
     return kind(version.directory, version.document.config, shape, ExecutionOptions(threads=1))
+
+
+class Reckless(Speculation):
+    """Has guesses verified whatever they cost, right ones, altered ones and inventions, with plain steps in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._number = 0
+
+    def plan(self, running: Sequence[tuple[Drafter | None, int]]) -> list[list[int]] | None:
+        self._number += 1
+        drafts = [self._draft(drafter, left) for drafter, left in running if drafter is not None and left > 1]
+        return drafts if len(drafts) == len(running) and self._number % 5 else None
+
+    def _draft(self, drafter: Drafter, left: int) -> list[int]:
+        count = min(1 + self._number % DRAFT_TOKENS, left - 1)
+        draft = drafter.draft(count) if drafter.look() else [self._number] * count
+        if self._number % 3 == 0:
+            draft[self._number % count] = self._number
+        return draft
 
 
 @dataclass(slots=True)

@@ -115,6 +115,9 @@ class ModelStats(Report):
     failures: Counter
     prompt_tokens: Counter
     completion_tokens: Counter
+    drafted_tokens: Counter = 0
+    accepted_tokens: Counter = 0
+    """Of the drafted ones; they are in `completion_tokens`, too."""
     busy_s: Annotated[float, Field(ge=0)]
     """Seconds that the engine thread spent inside steps."""
     active: Counter

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from engine_requests import Reckless
 from runtime_fixtures import base_version
 
 from runtime.engine import Engine
@@ -17,6 +18,7 @@ from runtime.generation import End, Event, Generation, Reason
 from runtime.model import Model
 from runtime.sampling import Sampling
 from runtime.slab import Shape
+from runtime.speculation import DRAFT_TOKENS
 from runtime.stats import Stats
 from wire.serving import ExecutionOptions
 
@@ -70,15 +72,17 @@ def check(plan: Plan) -> None:
 @given(
     st.integers(1, 4),
     st.sampled_from([0, 2, 9, 200]),
+    st.booleans(),
     st.lists(
         st.tuples(st.integers(1, 150), st.integers(1, 25), st.none() | st.integers(1, 25), st.integers(0, 150)),
         min_size=1, max_size=9,
     ),
 )  # fmt: skip
 def test_any_mixture_of_requests_gets_what_each_gets_alone(
-    slots: int, kept_blocks: int, shapes: list[tuple[int, int, int | None, int]]
+    slots: int, kept_blocks: int, drafts: bool, shapes: list[tuple[int, int, int | None, int]]
 ) -> None:
-    engine = Engine("property", load(slots, kept_blocks), Stats(), max_queue=10)
+    speculation = Reckless() if drafts else None
+    engine = Engine("property", load(slots, kept_blocks), Stats(), max_queue=10, speculation=speculation)
     engine._model.close = lambda: None  # type: ignore[method-assign]  # the model is used by the next example too
     plans = [Plan(engine, i, *shape) for i, shape in enumerate(shapes)]
     for plan in plans:
@@ -86,9 +90,10 @@ def test_any_mixture_of_requests_gets_what_each_gets_alone(
     for plan in plans:
         assert plan.ended.wait(20)
         assert plan.end is not None
-        cancelled = plan.cancel_at is not None and plan.cancel_at < plan.count
-        assert plan.end.reason is (Reason.CANCELLED if cancelled else Reason.LENGTH)
-        assert len(plan.tokens) == (plan.cancel_at if cancelled else plan.count)
+        last = plan.count if plan.cancel_at is None else min(plan.count, plan.cancel_at)
+        more = DRAFT_TOKENS if drafts else 0  # tokens of the step in which it is cancelled
+        assert last <= len(plan.tokens) <= min(plan.count, last + more)
+        assert plan.end.reason is (Reason.LENGTH if len(plan.tokens) == plan.count else Reason.CANCELLED)
     engine.close()
     assert engine.open == 0
     for plan in plans:

@@ -1,0 +1,247 @@
+"""Prompt lookup: what an answer that repeats its text will say next, and whether checking that guess pays.
+
+A draft is what followed the latest earlier place where the text stood as it stands now; the model reads it in one step,
+and every token is still drawn from the model's own rows, so that a guess changes the speed and never the
+distribution. Guesses are tried against the answer even while none is drafted, which costs nothing; a draft is made
+only while they hold often enough for what a step of that size was measured to cost here. Pure: no I/O, no clock.
+
+After Saxena, "Prompt Lookup Decoding" (2023), and Leviathan et al., arXiv 2211.17192, for what a draft may gain.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from itertools import pairwise
+
+SHORTEST_MATCH, LEVELS = 2, 3
+"""Tokens at the text's end that must have stood earlier; a match of level 0 has so many, one of the last level as many
+as LEVELS - 1 more, or any number beyond. In sampled text of the sample LM one guess in four is right at every level; in
+greedy text 57, 67 and 95 of 100."""
+PLACES = 16
+"""Latest places of the shortest match among which the longest is sought: the bound of a token's work."""
+DRAFT_TOKENS = 7
+"""Longest draft: on CPUs a step's time grows with its tokens, so that longer ones gain little."""
+TRIAL_TOKENS, TRIAL_COST = 3, 1.5
+"""Draft of the first steps, before any was timed, and how many plain steps one of them is taken to cost, of which the
+answers that were decoded together share each."""
+MARGIN = 1.05
+"""A draft must be expected to be faster by this factor."""
+FIRST_RATE = 0.3
+"""Of right guesses, before any was made."""
+PRIOR_GUESSES, OWN_GUESSES, COMMON_GUESSES = 2, 12, 64
+"""Latest guesses that a rate tells of: when it begins, of one answer at most, of all answers at most."""
+WINDOW_STEPS, TIMED_STEPS = 9, 3
+"""Steps of which the median is taken, and how many make one."""
+FRESH_STEPS = 32
+"""Steps with drafts after which a plain one is timed again."""
+FORGET_STEPS = 256
+"""Plain steps after which the times of steps with drafts are forgotten: the machine may have changed."""
+ALLOWANCE_STEPS, ALLOWANCE_LIMIT_STEPS, ALLOWANCE_GROWTH = 4.0, 8.0, 0.005
+"""Plain steps that drafts may lose at first and at most, and what a plain step adds: the bound of the loss, 0.5 %."""
+
+
+class Rates:
+    """Shares of guesses that were right, by the level of the match that they follow."""
+
+    def __init__(self, common: "Rates | None" = None) -> None:
+        self._common = common
+        self._rates = [FIRST_RATE if common is None else common[level] for level in range(LEVELS)]
+        self._guesses = [PRIOR_GUESSES] * LEVELS
+        self._limit = COMMON_GUESSES if common is None else OWN_GUESSES
+
+    def __getitem__(self, level: int) -> float:
+        """At `level`; beyond the last it is that of the last."""
+        return self._rates[min(level, LEVELS - 1)]
+
+    def note(self, level: int, hit: bool) -> None:
+        """A guess was right or wrong."""
+        level = min(level, LEVELS - 1)
+        self._rates[level] += (hit - self._rates[level]) / self._guesses[level]
+        self._guesses[level] = min(self._guesses[level] + 1, self._limit)
+        if self._common is not None:
+            self._common.note(level, hit)
+
+
+class Drafter:
+    """Guesses for one answer. `tokens` is its text, prompt first, which its owner appends to and never shortens."""
+
+    def __init__(self, tokens: Sequence[int], common: Rates) -> None:
+        self._tokens = tokens
+        self._latest: dict[tuple[int, int], int] = {}
+        """By the SHORTEST_MATCH tokens before it, the latest place, an index of the text."""
+        self._previous = [0] * SHORTEST_MATCH
+        """By place, the one before it with the same tokens before it; 0: none."""
+        self._length = 0
+        """Tokens that were looked at."""
+        self._place = 0
+        """What stood before it stands at the end of them now; 0: no place is like that."""
+        self._level = 0
+        self.rates = Rates(common)
+
+    def look(self) -> bool:
+        """Take notice of new tokens, learn how good the last guess was, make a new one; False when there is none."""
+        tokens, latest = self._tokens, self._latest
+        end = len(tokens)
+        if end == self._length:
+            return self._place > 0
+        if self._place:
+            self._learn(end)
+        self._length, self._place = end, 0
+        for place in range(len(self._previous), end + 1):
+            pair = (tokens[place - 2], tokens[place - 1])
+            self._place = latest.get(pair, 0)
+            latest[pair] = place
+            self._previous.append(self._place)
+        if self._place:
+            self._seek()
+        return self._place > 0
+
+    def expected(self, count: int) -> list[float]:
+        """Tokens that steps with drafts of 0..count tokens give: the model's own and the guesses before a miss."""
+        expected, reach = [1.0], 1.0
+        for position in range(count):
+            reach *= self.rates[self._level + position]
+            expected.append(expected[-1] + reach)
+        return expected
+
+    def draft(self, count: int) -> list[int]:
+        """The guess: `count` tokens from the match on; one that reaches the text's end goes on as the text would."""
+        period = self._length - self._place
+        return [self._tokens[self._place + position % period] for position in range(count)]
+
+    def _seek(self) -> None:
+        """The longest match, among equals the latest."""
+        place, self._level = self._place, -1
+        for _ in range(PLACES):
+            level = self._level_of(place)
+            if level > self._level:
+                self._place, self._level = place, level
+            place = self._previous[place]
+            if self._level == LEVELS - 1 or not place:
+                return
+
+    def _level_of(self, place: int) -> int:
+        """How many tokens beyond the shortest match agree."""
+        tokens, end = self._tokens, self._length
+        level = 0
+        while level < LEVELS - 1:
+            back = SHORTEST_MATCH + 1 + level
+            if back > place or tokens[place - back] != tokens[end - back]:
+                break
+            level += 1
+        return level
+
+    def _learn(self, end: int) -> None:
+        for position in range(end - self._length):
+            hit = self._tokens[self._length + position] == self._tokens[self._place + position]
+            self.rates.note(self._level + position, hit)
+            if not hit:
+                return
+
+
+class Costs:
+    """Seconds of steps by their size: medians of the last few, because others use the machine too."""
+
+    def __init__(self) -> None:
+        self._windows: dict[int, deque[float]] = {}
+
+    def note(self, size: int, span_s: float) -> None:
+        """A step of this size took `span_s`."""
+        window = self._windows.get(size)
+        if window is None:
+            window = self._windows[size] = deque(maxlen=WINDOW_STEPS)
+        window.append(span_s)
+
+    def get(self, size: int) -> float | None:
+        """Seconds of a size that was timed often enough."""
+        window = self._windows.get(size, ())
+        return sorted(window)[len(window) // 2] if len(window) >= TIMED_STEPS else None
+
+    def line(self) -> list[float]:
+        """Seconds of every size from 0 to 1 + DRAFT_TOKENS, on straight lines between those that were timed.
+
+        Smaller sizes are taken to cost what the smallest of these does. Empty before two were timed.
+        """
+        timed = [(size, span_s) for size in sorted(self._windows) if (span_s := self.get(size)) is not None]
+        if len(timed) < 2:
+            return []
+        line: list[float] = []
+        pieces = iter(pairwise(timed))
+        (low, low_s), (high, high_s) = next(pieces)
+        for size in range(2 + DRAFT_TOKENS):
+            if size > high:
+                (low, low_s), (high, high_s) = next(pieces, ((low, low_s), (high, high_s)))
+            line.append(low_s + max(high_s - low_s, 0.0) * max(size - low, 0) / (high - low))
+        return line
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._windows.clear()
+
+
+class Speculation:
+    """Decides for every step of one engine whether it decodes or verifies drafts."""
+
+    def __init__(self) -> None:
+        self.rates = Rates()
+        """Of all answers; a new one begins with them."""
+        self._plain = Costs()
+        """By the number of answers that were decoded together."""
+        self._verify = Costs()
+        """By the tokens that one answer's step read, its last one and the draft."""
+        self._allowance = ALLOWANCE_STEPS
+        self._verified_in_turn = self._decoded_in_turn = 0
+
+    def plan(self, running: Sequence[tuple[Drafter | None, int]]) -> list[list[int]] | None:
+        """A draft for each answer, to be verified one after the other; None when decoding them together is better.
+
+        An answer is its drafter and the number of tokens that it may still get. Verifying must be expected to bring
+        every answer on faster: one that repeats nothing gets a token per step whatever the others do, and would only
+        wait for their drafts, so that there are none beside it.
+        """
+        if self._allowance <= 0 or self._verified_in_turn >= FRESH_STEPS:
+            return None
+        ready = [(drafter, left) for drafter, left in running if drafter is not None and drafter.look() and left > 1]
+        if len(ready) < len(running):
+            return None
+        plain_s, costs_s = self._plain.get(len(running)), self._verify.line()
+        if plain_s is None:
+            return None
+        drafts: list[list[int]] = []
+        gain, span_s = float(1 + DRAFT_TOKENS), 0.0
+        for drafter, left in ready:
+            expected = drafter.expected(min(DRAFT_TOKENS, left - 1))
+            count, cost_s = _best(expected, costs_s, TRIAL_COST * plain_s / len(ready))
+            drafts.append(drafter.draft(count))
+            gain, span_s = min(gain, expected[count]), span_s + cost_s
+        return drafts if gain * plain_s >= MARGIN * span_s else None
+
+    def decoded(self, answers: int, span_s: float) -> None:
+        """`answers` were decoded together, by a token each."""
+        self._plain.note(answers, span_s)
+        if answers == 1:
+            self._verify.note(1, span_s)
+        self._allowance = min(self._allowance + ALLOWANCE_GROWTH, ALLOWANCE_LIMIT_STEPS)
+        self._verified_in_turn = 0
+        self._decoded_in_turn += 1
+        if self._decoded_in_turn % FORGET_STEPS == 0:
+            self._verify.forget()
+
+    def verified(self, answers: int, size: int, given: int, span_s: float) -> None:
+        """One of `answers` read `size` tokens in one step, of which `given` became its own or ended it."""
+        self._verify.note(size, span_s)
+        self._decoded_in_turn = 0
+        self._verified_in_turn += 1
+        plain_s = self._plain.get(answers)
+        if plain_s is not None:
+            # a pause of the machine is no reason: so many plain steps would take no longer
+            usual_s = self._verify.get(size) or min(span_s, size * plain_s)
+            ahead = given / answers - usual_s / plain_s
+            self._allowance = min(self._allowance + ahead, ALLOWANCE_LIMIT_STEPS)
+
+
+def _best(expected: list[float], costs_s: list[float], trial_s: float) -> tuple[int, float]:
+    """How many tokens to draft, and the seconds of the step; `costs_s` is empty before steps with drafts were timed."""
+    if not costs_s:
+        return min(TRIAL_TOKENS, len(expected) - 1), trial_s
+    count = max(range(1, len(expected)), key=lambda count: expected[count] / costs_s[count + 1])
+    return count, costs_s[count + 1]

@@ -13,8 +13,9 @@ from typing import Self
 from runtime.generation import End, Event, Generation, Reason
 from runtime.loading import Loaded
 from runtime.registry import Registry
-from runtime.sampling import Sampling, Scored
-from runtime.text import Detokeniser, Message, StopStrings
+from runtime.sampling import Sampling
+from runtime.text import Message
+from runtime.transcript import Piece, Transcript
 from wire.errors import Code, InferenceError
 
 INLINE_CHARACTERS = 2_000
@@ -33,13 +34,16 @@ class Wanted:
     default_tokens: int | None = None
     """Bound of the answer without `max_tokens`, if the context has so much left."""
     ignore_eos: bool = False
+    deterministic: bool = False
+    top_logprobs: int | None = None
+    """How many alternatives come with the log probability of each token; None: none of both."""
 
 
 class Answer:
     """An answer in the making; an async context manager, whose end lets go of the version."""
 
     def __init__(self, registry: Registry, wanted: Wanted, timeout_s: float) -> None:
-        self._registry, self._wanted, self._timeout_s = registry, wanted, timeout_s
+        self._registry, self.wanted, self._timeout_s = registry, wanted, timeout_s
         self.version: Loaded
         """Known once entered."""
         self._inbox: deque[Event] = deque()
@@ -54,14 +58,14 @@ class Answer:
 
     async def __aenter__(self) -> Self:
         """Hold the version, tokenise and queue; raises InferenceError when the request cannot be taken."""
-        self.version = self._registry.acquire(self._wanted.model)
+        self.version = self._registry.acquire(self.wanted.model)
         try:
             self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._expire)
             tokens = await self._tokens() or self._beginning()
             self.prompt_tokens = len(tokens)
             generation = Generation(
-                tokens, self._max_tokens(), self._wanted.sampling, self._take,
-                frozenset() if self._wanted.ignore_eos else frozenset(self.version.document.config.eos_token_ids),
+                tokens, self._max_tokens(), self.wanted.sampling, self._take, self._ends(), self.wanted.deterministic,
+                self.wanted.top_logprobs,
             )  # fmt: skip
             self.version.engine.submit(generation)
             self._generation = generation
@@ -83,21 +87,21 @@ class Answer:
         self._abandoned = True
         self._wake.set()
 
-    async def pieces(self) -> AsyncGenerator[str, None]:
-        """Pieces of text as they come, never empty; tokens that came meanwhile are in one piece.
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Pieces as they come, never empty; tokens that came meanwhile are in one piece.
 
         Raises InferenceError when the model failed or the time is over.
         """
-        detokeniser = Detokeniser(self.version.text.decode)
-        stops = StopStrings(self._wanted.stops)
+        transcript = Transcript(self.version.text.vocabulary, self.wanted.stops)
         while True:
             await self._wake.wait()
             self._wake.clear()
             if self._abandoned:
                 return
-            text, end = self._drain(detokeniser, stops)
-            if text:
-                yield text
+            end = self._drain(transcript)
+            piece = transcript.take()
+            if piece.text or piece.scores:
+                yield piece
             if end is not None:
                 self._conclude(end)
                 return
@@ -107,22 +111,19 @@ class Answer:
                     Code.DEADLINE_PASSED, f"no whole answer within {self._timeout_s:g} s; ask for fewer tokens", 504
                 )
 
-    def _drain(self, detokeniser: Detokeniser, stops: StopStrings) -> tuple[str, End | None]:
-        pieces: list[str] = []
+    def _drain(self, transcript: Transcript) -> End | None:
         while self._inbox:
             event = self._inbox.popleft()
             if isinstance(event, End):
                 self._over = True
                 self.completion_tokens += event.reason is Reason.STOP  # the end token was generated too
-                pieces.append(stops.feed(detokeniser.finish()))
-                if stops.stopped:
-                    return "".join(pieces), End(Reason.STOP)
-                return "".join((*pieces, stops.finish())), event
+                transcript.finish()
+                return End(Reason.STOP) if transcript.stopped else event
             self.completion_tokens += 1
-            pieces.append(stops.feed(detokeniser.feed(event.token if isinstance(event, Scored) else event)))
-            if stops.stopped:
-                return "".join(pieces), End(Reason.STOP)
-        return "".join(pieces), None
+            transcript.feed(event)
+            if transcript.stopped:
+                return End(Reason.STOP)
+        return None
 
     def _conclude(self, end: End) -> None:
         if end.error is not None:
@@ -132,7 +133,7 @@ class Answer:
         self.finish_reason = end.reason
 
     async def _tokens(self) -> list[int]:
-        text, prompt = self.version.text, self._wanted.prompt
+        text, prompt = self.version.text, self.wanted.prompt
         if isinstance(prompt, str):
             return await _run(len(prompt), lambda: text.encode(prompt, special=True))
         messages = [message for message in prompt if isinstance(message, dict)]
@@ -143,7 +144,13 @@ class Answer:
 
     def _max_tokens(self) -> int:
         left = max(1, self.version.capacity - self.prompt_tokens)
-        return self._wanted.max_tokens or min(left, self._wanted.default_tokens or left)
+        return self.wanted.max_tokens or min(left, self.wanted.default_tokens or left)
+
+    def _ends(self) -> frozenset[int]:
+        """Tokens that end the answer. A stop string that is a special token's name is one: it never becomes text."""
+        named = map(self.version.text.vocabulary.special, self.wanted.stops)
+        ends = () if self.wanted.ignore_eos else self.version.document.config.eos_token_ids
+        return frozenset([*ends, *(token for token in named if token is not None)])
 
     def _beginning(self) -> list[int]:
         """What stands for an empty prompt."""

@@ -7,7 +7,7 @@ events: the role comes first, `finish_reason` last, then the usage when it was a
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +22,11 @@ from runtime.answer import Answer, Wanted
 from runtime.bodies import ChatRequest, CompletionRequest, parse_body
 from runtime.http import EXCEPTION_HANDLERS, encode_json, error_content, json_response, read_body, watch_client
 from runtime.loading import Loaded
+from runtime.logprobs import chat_logprobs, completion_logprobs
 from runtime.metrics import render_metrics
 from runtime.registry import Registry
 from runtime.settings import RuntimeSettings
+from runtime.transcript import Placed
 from wire.errors import InferenceError
 
 UNREAD_GRACE_S = 2.0
@@ -42,7 +44,9 @@ class Form:
     prefix: str
     chat: bool
 
-    def choice(self, text: str, reason: str | None, *, chunk: bool, first: bool = False) -> dict[str, Any]:
+    def choice(
+        self, text: str, reason: str | None, logprobs: dict[str, Any] | None, *, chunk: bool, first: bool = False
+    ) -> dict[str, Any]:
         """The one entry of `choices`; in a chunk `text` is a piece."""
         if not self.chat:
             body: dict[str, Any] = {"text": text}
@@ -51,7 +55,13 @@ class Form:
             body = {"delta": role | ({"content": text} if text or first else {})}
         else:
             body = {"message": {"role": "assistant", "content": text, "refusal": None}}
-        return {"index": 0, **body, "logprobs": None, "finish_reason": reason}
+        return {"index": 0, **body, "logprobs": logprobs, "finish_reason": reason}
+
+    def logprobs(self, answer: Answer, scores: Sequence[Placed]) -> dict[str, Any] | None:
+        """`logprobs` of the choice, None when they were not asked for."""
+        if answer.wanted.top_logprobs is None:
+            return None
+        return (chat_logprobs if self.chat else completion_logprobs)(answer.version.text.vocabulary, scores)
 
 
 CHAT = Form("chat.completion", "chat.completion.chunk", "chatcmpl", chat=True)
@@ -83,21 +93,22 @@ def make_api(registry: Registry, settings: RuntimeSettings) -> Starlette:
 async def chat_completions(request: Request) -> Response:
     """POST /v1/chat/completions."""
     body = parse_body(ChatRequest, await read_body(request))
-    wanted = Wanted(
-        body.model, [message.plain() for message in body.messages], body.sampling(), body.stops(),
-        body.wanted_tokens(), body.default_tokens, body.ignore_eos,
-    )  # fmt: skip
-    return await _complete(request, CHAT, body, wanted)
+    return await _complete(request, CHAT, body, _wanted(body, [message.plain() for message in body.messages]))
 
 
 async def completions(request: Request) -> Response:
     """POST /v1/completions."""
     body = parse_body(CompletionRequest, await read_body(request))
     prompt = body.prompt[0] if isinstance(body.prompt, tuple) and isinstance(body.prompt[0], str) else body.prompt
-    wanted = Wanted(
-        body.model, prompt, body.sampling(), body.stops(), body.wanted_tokens(), body.default_tokens, body.ignore_eos
-    )
-    return await _complete(request, TEXT, body, wanted)
+    return await _complete(request, TEXT, body, _wanted(body, prompt))
+
+
+def _wanted(body: ChatRequest | CompletionRequest, prompt: Any) -> Wanted:
+    return Wanted(
+        body.model, prompt, body.sampling(), body.stops(), max_tokens=body.wanted_tokens(),
+        default_tokens=body.default_tokens, ignore_eos=body.ignore_eos, deterministic=body.deterministic,
+        top_logprobs=body.wanted_logprobs(),
+    )  # fmt: skip
 
 
 async def _complete(request: Request, form: Form, body: ChatRequest | CompletionRequest, wanted: Wanted) -> Response:
@@ -107,8 +118,9 @@ async def _complete(request: Request, form: Form, body: ChatRequest | Completion
         usage = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(answer, form, include_usage=usage, limit_s=settings.request_timeout_s + UNREAD_GRACE_S)
     async with answer, watch_client(request.receive, answer.abandon):
-        text = "".join([piece async for piece in answer.pieces()])
-    choice = form.choice(text, answer.finish_reason, chunk=False)
+        pieces = [piece async for piece in answer.pieces()]
+    logprobs = form.logprobs(answer, [placed for piece in pieces for placed in piece.scores])
+    choice = form.choice("".join(piece.text for piece in pieces), answer.finish_reason, logprobs, chunk=False)
     return json_response(_identity(form.kind, form.prefix, answer.version) | {"choices": [choice]} | _usage(answer))
 
 
@@ -154,11 +166,12 @@ class EventStream(Response):
         first = True
         async with aclosing(answer.pieces()) as pieces:
             async for piece in pieces:
-                yield _event(shared | {"choices": [form.choice(piece, None, chunk=True, first=first)]})
+                logprobs = form.logprobs(answer, piece.scores)
+                yield _event(shared | {"choices": [form.choice(piece.text, None, logprobs, chunk=True, first=first)]})
                 first = False
         if answer.finish_reason == "cancelled":
             return
-        yield _event(shared | {"choices": [form.choice("", answer.finish_reason, chunk=True, first=first)]})
+        yield _event(shared | {"choices": [form.choice("", answer.finish_reason, None, chunk=True, first=first)]})
         if self._include_usage:
             yield _event(shared | {"choices": []} | _usage(answer))
         yield b"data: [DONE]\n\n"

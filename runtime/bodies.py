@@ -4,9 +4,9 @@ A field that would change the answer and is not supported is refused, never igno
 (`user`, `metadata`, `store`) are taken. Names and meanings: OpenAI API reference, chat and completions.
 """
 
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from runtime.sampling import Sampling
 from wire.errors import Code, InferenceError
@@ -14,6 +14,8 @@ from wire.errors import Code, InferenceError
 TEXT_LIMIT = 2_000_000
 Content = Annotated[str, Field(max_length=TEXT_LIMIT)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
+BIASES = 1024
+TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 
 
 class _Body(BaseModel):
@@ -63,29 +65,42 @@ class _Request(_Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1 << 22)] | None = None
     """An extension, as other servers have it; 0 means all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """An extension, as other servers have it."""
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
+    """An extension, as other servers have it; 1 does nothing."""
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=BIASES)] | None = (
+        None
+    )
+    """The engine knows which tokens there are."""
     stop: StopString | Annotated[tuple[StopString, ...], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
     """An extension for measurements: the end token is an ordinary one."""
+    deterministic: bool = False
+    """An extension: the same request gets the same tokens whatever else runs, at the price of steps of its own."""
     n: Literal[1] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     store: bool | None = None
 
     def sampling(self) -> Sampling:
-        """How tokens are drawn, OpenAI's defaults for what is absent."""
+        """How tokens are drawn, OpenAI's defaults for what is absent; a deterministic request always has a seed."""
+        seed = 0 if self.seed is None and self.deterministic else self.seed
         return Sampling(
             temperature=1.0 if self.temperature is None else float(self.temperature),
             top_p=1.0 if self.top_p is None else float(self.top_p),
             top_k=self.top_k or 0,
-            seed=None if self.seed is None else self.seed % (1 << 64),
+            seed=None if seed is None else seed % (1 << 64),
             frequency_penalty=self.frequency_penalty or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else float(self.repetition_penalty),
+            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
         )
 
     def stops(self) -> tuple[str, ...]:
@@ -103,14 +118,25 @@ class ChatRequest(_Request):
     messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1, max_length=1024)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     response_format: TextFormat | None = None
-    logprobs: Literal[False] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[tuple[()], Field()] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
 
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs to be true")
+        return self
+
     def wanted_tokens(self) -> int | None:
         """`max_completion_tokens`, or its older name."""
         return self.max_completion_tokens or self.max_tokens
+
+    def wanted_logprobs(self) -> int | None:
+        """How many alternatives come with each token's log probability; None when none are wanted."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionRequest(_Request):
@@ -126,7 +152,11 @@ class CompletionRequest(_Request):
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     suffix: None = None
-    logprobs: None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    def wanted_logprobs(self) -> int | None:
+        """As ChatRequest.wanted_logprobs."""
+        return self.logprobs
 
 
 Body = TypeVar("Body", bound=BaseModel)

@@ -87,6 +87,9 @@ class Engine:
         if not generation.prompt or not 0 <= min(generation.prompt) <= max(generation.prompt) < self._vocab_size:
             # onnxruntime's gather reads outside the weights for such a token instead of failing
             raise InferenceError(Code.BAD_REQUEST, "prompt: empty, or a token is outside the model's vocabulary", 400)
+        biased = max((token for token, _ in generation.sampling.logit_bias), default=0)
+        if biased >= self._vocab_size:
+            raise InferenceError(Code.BAD_REQUEST, f"logit_bias: token {biased} is outside the model's vocabulary", 400)
         check_room(generation, self._model.shape)
         generation.accepted_s = time.perf_counter()
         with self._changed:
@@ -306,6 +309,7 @@ class Engine:
             self._slab.recall([block.row for block in blocks], generation.slot)
             generation.kept = blocks[-1]
             generation.length = generation.kept_tokens = generation.cached = len(blocks) * BLOCK_TOKENS
+            self.stats.recalled(generation.cached)
 
     def _keep(self, generation: Generation) -> None:
         """Keep the blocks that became whole; none while every row is in use by others."""

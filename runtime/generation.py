@@ -68,7 +68,7 @@ class Generation:
     first_token_s: float = 0.0
 
     def __post_init__(self) -> None:
-        self.sampler = Sampler(self.sampling)
+        self.sampler = Sampler(self.sampling, self.prompt)
         self.tokens = list(self.prompt)
 
     @property

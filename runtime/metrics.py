@@ -9,6 +9,7 @@ _COUNTERS: tuple[tuple[str, str, str, Callable[[ModelStats], float | None]], ...
     ("requests_total", "counter", "Requests accepted.", lambda row: row.requests),
     ("failures_total", "counter", "Accepted requests that failed by no fault of the client.", lambda row: row.failures),
     ("prompt_tokens_total", "counter", "Tokens of prompts.", lambda row: row.prompt_tokens),
+    ("cached_tokens_total", "counter", "Tokens of prompts that were copied, not read.", lambda row: row.cached_tokens),
     ("completion_tokens_total", "counter", "Tokens generated.", lambda row: row.completion_tokens),
     ("drafted_tokens_total", "counter", "Tokens guessed and verified.", lambda row: row.drafted_tokens),
     ("accepted_tokens_total", "counter", "Guessed tokens that became the answer's.", lambda row: row.accepted_tokens),

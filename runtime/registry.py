@@ -240,8 +240,9 @@ def _row(version: Loaded) -> ModelStats:
     return ModelStats(
         model=version.entry.model, version=version.entry.version, decoded=version.entry.decoded,
         packed=version.packed, stale=version.stale[:2000], requests=figures.requests, failures=figures.failures,
-        prompt_tokens=figures.prompt_tokens, completion_tokens=figures.completion_tokens,
-        drafted_tokens=figures.drafted_tokens, accepted_tokens=figures.accepted_tokens, busy_s=figures.busy_s,
+        prompt_tokens=figures.prompt_tokens, cached_tokens=figures.cached_tokens,
+        completion_tokens=figures.completion_tokens, drafted_tokens=figures.drafted_tokens,
+        accepted_tokens=figures.accepted_tokens, busy_s=figures.busy_s,
         active=version.engine.open, latency_p50_s=figures.latency_p50_s, latency_p95_s=figures.latency_p95_s,
         first_token_p50_s=figures.first_token_p50_s, tokens_per_s=figures.tokens_per_s,
     )  # fmt: skip

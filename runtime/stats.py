@@ -18,6 +18,8 @@ class Snapshot:
     requests: int
     failures: int
     prompt_tokens: int
+    cached_tokens: int
+    """Of them, those that were copied instead of read."""
     completion_tokens: int
     drafted_tokens: int
     accepted_tokens: int
@@ -43,7 +45,7 @@ class Stats:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._requests = self._failures = 0
-        self._prompt_tokens = self._completion_tokens = self._decoded_tokens = 0
+        self._prompt_tokens = self._cached_tokens = self._completion_tokens = self._decoded_tokens = 0
         self._drafted_tokens = self._accepted_tokens = 0
         self._busy_s = self._decode_s = 0.0
         self._window: deque[_Ended] = deque(maxlen=WINDOW_REQUESTS)
@@ -53,6 +55,11 @@ class Stats:
         with self._lock:
             self._requests += 1
             self._prompt_tokens += prompt_tokens
+
+    def recalled(self, tokens: int) -> None:
+        """So many tokens of a prompt were copied from what is kept."""
+        with self._lock:
+            self._cached_tokens += tokens
 
     def failed(self) -> None:
         """A request that was accepted failed by no fault of its client."""
@@ -90,7 +97,7 @@ class Stats:
             window = list(self._window)
             latencies, firsts = [e.latency_s for e in window], [e.first_token_s for e in window]
             return Snapshot(
-                self._requests, self._failures, self._prompt_tokens, self._completion_tokens,
+                self._requests, self._failures, self._prompt_tokens, self._cached_tokens, self._completion_tokens,
                 self._drafted_tokens, self._accepted_tokens, self._busy_s,
                 quantile(latencies, 0.5), quantile(latencies, 0.95), quantile(firsts, 0.5), self._rate(window),
             )  # fmt: skip

@@ -4,9 +4,10 @@ Invariants: a piece of text that was given out is never taken back, so a charact
 beginning of a possible stop string are held; templates run in a sandbox and what they write is bounded.
 """
 
+import codecs
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,14 @@ from tokenizers import Tokenizer
 
 from host.files import read_bounded
 from runtime.version import TEMPLATE_FILE, TOKENIZER_FILE
+from runtime.vocabulary import Vocabulary
 from wire.errors import Code, DeployError, InferenceError
 from wire.manifest import DecoderConfig
 
 TEMPLATE_LIMIT_BYTES = 64 * 1024
 PROMPT_LIMIT_CHARACTERS = 4 << 20
-HELD_TOKENS = 8
-"""A character has at most 4 bytes and a token at least one: what is still no character after twice that is none."""
 
 Message = dict[str, str]
-Decode = Callable[[Sequence[int]], str]
 
 
 class Text:
@@ -48,6 +47,7 @@ class Text:
         if shared is None:
             self.tokenizer.no_padding()
             self.tokenizer.no_truncation()
+        self.vocabulary: Vocabulary = shared.vocabulary if shared else Vocabulary(self.tokenizer)
         self._names = {
             "bos_token": self._token_text(config.bos_token_id),
             "eos_token": self._token_text(next(iter(config.eos_token_ids), None)),
@@ -56,10 +56,6 @@ class Text:
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Tokens of `text`; `special` lets the tokenizer add its begin and end tokens."""
         return list(self.tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of `tokens`, special ones left out."""
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt of a conversation; raises InferenceError(bad_request) when the template refuses it."""
@@ -83,37 +79,33 @@ class Text:
         return (self.tokenizer.id_to_token(token) or "") if token is not None else ""
 
 
-@dataclass(slots=True)
 class Detokeniser:
-    """Tokens one by one to pieces of text that are whole characters.
+    """Tokens one by one to pieces of text that are whole characters; bytes that can be none become U+FFFD.
 
-    A window of tokens is decoded with and without the new ones, because what a token means can depend on the one
-    before it (leading spaces of SentencePiece). Joined, the pieces are the text of all tokens.
+    Joined, the pieces are the text of all tokens.
     """
 
-    decode: Decode
-    _tokens: list[int] = field(default_factory=list)
-    _known: int = 0
-    """Tokens of the window whose text was given out."""
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._drops_space = vocabulary.drops_first_space
+
+    @property
+    def within_character(self) -> bool:
+        """Whether the last bytes may become a character with the next."""
+        return bool(self._decoder.getstate()[0])
 
     def feed(self, token: int) -> str:
         """The text that `token` completes, often none."""
-        self._tokens.append(token)
-        return self._take(final=False)
+        text = self._decoder.decode(self._vocabulary.bytes_of(token) or b"")
+        if text and self._drops_space:
+            self._drops_space = False
+            return text.removeprefix(" ")
+        return text
 
     def finish(self) -> str:
-        """What is held, with replacement characters for bytes that never became one."""
-        return self._take(final=True)
-
-    def _take(self, *, final: bool) -> str:
-        before = self.decode(self._tokens[: self._known])
-        text = self.decode(self._tokens)
-        waiting = not final and len(self._tokens) - self._known < HELD_TOKENS
-        if waiting and (len(text) <= len(before) or text.endswith("\ufffd")):
-            return ""
-        self._tokens = self._tokens[self._known :]
-        self._known = len(self._tokens)
-        return text[len(before) :]
+        """What is held, which never became a character."""
+        return self._decoder.decode(b"", final=True)
 
 
 @dataclass(slots=True)

@@ -114,6 +114,8 @@ class ModelStats(Report):
     requests: Counter
     failures: Counter
     prompt_tokens: Counter
+    cached_tokens: Counter = 0
+    """Of them, those that were copied from the prefix cache instead of read."""
     completion_tokens: Counter
     drafted_tokens: Counter = 0
     accepted_tokens: Counter = 0

@@ -78,12 +78,14 @@ def test_stream_gives_role_first_reason_last_and_the_same_text(node: Node) -> No
 
 def test_usage_says_how_much_of_the_prompt_was_not_read_again(node: Node) -> None:
     prompt = [token + 3 for token in range(50)]
+    before = stats(node).cached_tokens
     with node.client() as client:
         seen = [client.completions.create(model=MODEL, prompt=prompt, max_tokens=2, temperature=0) for _ in range(2)]
     details = [reply.usage.prompt_tokens_details for reply in seen if reply.usage is not None]
     assert [detail.cached_tokens for detail in details if detail is not None] == [0, 48]
     assert seen[0].usage is not None
     assert seen[0].usage.prompt_tokens == 50
+    assert stats(node).cached_tokens == before + 48
 
 
 def test_stream_on_the_wire_has_usage_before_done(node: Node) -> None:
@@ -245,6 +247,7 @@ def test_metrics_are_prometheus_text(node: Node) -> None:
     values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
     labels = f'{{model="{MODEL}",version="1.0",decoded="{base_version().decoded[:12]}"}}'
     assert values[f"amperage_requests_total{labels}"] == stats(node).requests
+    assert values[f"amperage_cached_tokens_total{labels}"] == stats(node).cached_tokens
     assert values[f'amperage_model_ready{{model="{MODEL}"}}'] == 1
 
 

@@ -2,12 +2,9 @@
 
 A step decodes one token of every running answer, or verifies a draft of each, which gives some of them several tokens
 (runtime/speculation.py); then it reads one chunk of one waiting prompt, or a few whole prompts that together are no
-longer than a chunk. Requests join and leave between any two steps. Invariants: running answers hold slots 0..k-1;
-prompts being read hold slots at or above k, so an answer that leaves is replaced by the last one without touching it;
-no step begins with a request that was cancelled, and a step that reads for nobody is cut short; a request gets a slot
-when there is memory for all that it may become, in the order of arrival; the thread blocks when it has nothing to do.
-An exception of a step fails the requests that were in it and nothing else. Whole blocks of what was read or generated
-are kept at once, so that the next request that begins alike copies them, whether or not their donor still runs.
+longer than a chunk. Requests join and leave between any two steps. Invariants: no step begins with a request that was
+cancelled, and a step that reads for nobody is cut short; requests get slots (runtime/slots.py) in the order of arrival;
+the thread blocks when it has nothing to do. An exception of a step fails the requests that were in it and nothing else.
 
 Kernels for other batch sizes round differently. A request that is `alone` therefore shares no step and no kept block
 with others: it is read from its first token in chunks of PREFILL_TOKENS and decoded by steps of one token of one slot,
@@ -24,8 +21,8 @@ import structlog
 from runtime.generation import Deliveries, End, Generation, Reason, check_room, deliver_directly
 from runtime.model import PREFILL_TOKENS, Float, Interrupt, Model
 from runtime.pace import Pace
-from runtime.prefix import BLOCK_TOKENS, PrefixCache
-from runtime.sampling import score
+from runtime.prefix import BLOCK_TOKENS
+from runtime.slots import Slots
 from runtime.speculation import Drafter, Speculation
 from runtime.stats import Stats
 from wire.errors import Code, InferenceError
@@ -48,7 +45,7 @@ class Engine:
     ) -> None:  # fmt: skip
         self._model, self.stats, self._deliver = model, stats, deliver
         self._slab = model.slab
-        self._prefixes = PrefixCache(model.shape.kept_blocks)
+        self._slots = Slots(model.slab, model.shape)
         self._pace = Pace()
         self._speculation = speculation
         self._vocab_size = model.config.vocab_size
@@ -57,7 +54,6 @@ class Engine:
         self._waiting: deque[Generation] = deque()
         self._open = 0
         self._closed = False
-        self._running: list[Generation] = []
         self._reading: list[Generation] = []
         """One, or several that one step reads whole."""
         self._interrupt = Interrupt()
@@ -77,7 +73,7 @@ class Engine:
 
     def knows(self, prompt: Sequence[int]) -> bool:
         """Whether something of `prompt` is kept, from any thread, as far as it can tell without waiting."""
-        return self._prefixes.knows(prompt[:-1])
+        return self._slots.knows(prompt)
 
     def submit(self, generation: Generation) -> None:
         """Take a request, from any thread.
@@ -130,28 +126,28 @@ class Engine:
             self._drop_cancelled()
             self._advance()
             self._read()
-        leaving = [*self._running, *self._waiting, *self._reading]
+        leaving = [*self._slots.running, *self._waiting, *self._reading]
         self._deliver([(generation, End(Reason.CANCELLED)) for generation in leaving])
 
     def _await_work(self) -> bool:
         """Block until there is something to do; False when closed."""
         with self._changed:
             patience_s: float | None = IDLE_TRIM_S
-            while not (self._closed or self._running or self._reading or self._waiting):
+            while not (self._closed or self._slots.running or self._reading or self._waiting):
                 if not self._changed.wait(patience_s):
                     self._slab.trim()
                     patience_s = None
             return not self._closed
 
     def _drop_cancelled(self) -> None:
-        here = [*self._running, *self._reading]
+        here = [*self._slots.running, *self._reading]
         left: Deliveries = [(g, End(g.cancelled)) for g in here if g.cancelled is not None]
         if left:
             self._finish(left)
 
     def _advance(self) -> None:
         """A token or more for every running answer."""
-        speculation, running = self._speculation, self._running
+        speculation, running = self._speculation, self._slots.running
         drafts = speculation.plan([(g.drafter, g.left) for g in running]) if speculation and running else None
         if speculation is None or drafts is None:
             self._decode()
@@ -160,11 +156,11 @@ class Engine:
 
     def _decode(self) -> None:
         """One token for every running answer."""
-        together = max((g.slot + 1 for g in self._running if not g.alone), default=0)
+        together = max((g.slot + 1 for g in self._slots.running if not g.alone), default=0)
         if together:
             # slots in between that are alone run along; their own steps write the same position again
-            self._step(self._running[:together], alone=False)
-        for generation in [g for g in self._running if g.alone]:
+            self._step(self._slots.running[:together], alone=False)
+        for generation in [g for g in self._slots.running if g.alone]:
             self._step([generation], alone=True)
 
     def _step(self, rows: list[Generation], *, alone: bool) -> None:
@@ -183,7 +179,7 @@ class Engine:
         deliveries: Deliveries = []
         for row, generation in wanted:
             generation.length += 1
-            self._keep(generation)
+            self._slots.keep(generation)
             self._sample(generation, logits[row], deliveries)
         span_s = time.perf_counter() - began_s
         self.stats.decoded(len(wanted), span_s)
@@ -194,7 +190,7 @@ class Engine:
     def _verify(self, drafts: list[list[int]], speculation: Speculation) -> None:
         """For each running answer what its draft has in common with what is drawn, and the token where they part."""
         deliveries: Deliveries = []
-        for generation, draft in zip(self._running, drafts, strict=True):
+        for generation, draft in zip(self._slots.running, drafts, strict=True):
             began_s = time.perf_counter()
             try:
                 logits = self._model.verify(generation.slot, [generation.tokens[-1], *draft], generation.length)
@@ -207,7 +203,7 @@ class Engine:
                 generation.length += 1  # what lies behind a wrong guess is never read, the next step writes there
                 if not self._sample(generation, row, deliveries) or generation.tokens[-1] != guess:
                     break
-            self._keep(generation)
+            self._slots.keep(generation)
             span_s = time.perf_counter() - began_s
             self.stats.decoded(given, span_s)
             self.stats.speculated(len(draft), given - 1)
@@ -240,10 +236,13 @@ class Engine:
         whole = 0
         for generation, chunk, row in zip(tuple(together), chunks, logits, strict=True):
             generation.length += len(chunk)
-            self._keep(generation)
+            self._slots.keep(generation)
             if generation.length == len(generation.prompt):
                 whole += 1
-                self._join(generation)
+                self._reading.remove(generation)
+                self._slots.join(generation)
+                if self._speculation and not generation.alone:
+                    generation.drafter = Drafter(generation.tokens, self._speculation.rates)
                 generation.first_token_s = time.perf_counter()
                 self._sample(generation, row, deliveries)
         span_s = time.perf_counter() - began_s
@@ -253,7 +252,7 @@ class Engine:
 
     def _chunk_tokens(self) -> int:
         """How many tokens a step may read now."""
-        return self._pace.tokens() if self._running else PREFILL_TOKENS
+        return self._pace.tokens() if self._slots.running else PREFILL_TOKENS
 
     def _wanted(self) -> bool:
         """Whether anybody waits for what is being read."""
@@ -261,27 +260,23 @@ class Engine:
 
     def _next(self) -> list[Generation]:
         """The next prompt to read, in the slot after the running ones, and those behind it that fit beside it."""
-        slot = len(self._running)
-        free = self._model.shape.slots - slot
         with self._changed:
-            first = self._waiting[0] if self._waiting and free else None
-        if first is None or not self._slab.reserve(slot, first.room):
+            first = self._waiting[0] if self._waiting else None
+        if first is None or not self._slots.take(first, 0):
             return []  # or it waits until those that run leave room
         with self._changed:
             if not self._waiting or self._waiting[0] is not first:
-                self._slab.free(slot, 0)  # cancelled just now
+                self._slots.give_back(first)  # cancelled just now
                 return []
             self._waiting.popleft()
-        first.slot = slot
-        self._recall(first)
+        self._slots.recall(first)
+        self.stats.recalled(first.cached)
         together = [first]
         with self._changed:
-            while self._waiting and len(together) < free and self._fits(together, self._waiting[0]):
-                slot = first.slot + len(together)
-                if not self._slab.reserve(slot, self._waiting[0].room):
+            while self._waiting and self._fits(together, self._waiting[0]):
+                if not self._slots.take(self._waiting[0], len(together)):
                     break
                 together.append(self._waiting.popleft())
-                together[-1].slot = slot
         return together
 
     def _fits(self, together: list[Generation], other: Generation) -> bool:
@@ -298,59 +293,13 @@ class Engine:
             return False
         beginning = other.prompt[:BLOCK_TOKENS]
         alike = len(other.prompt) > BLOCK_TOKENS and any(g.prompt[:BLOCK_TOKENS] == beginning for g in together)
-        return not alike and not self._prefixes.knows(other.prompt[:-1])
-
-    def _recall(self, generation: Generation) -> None:
-        """Copy what is kept of its prompt but the last token, whose logits are wanted."""
-        if generation.alone:
-            return
-        blocks = self._prefixes.match(generation.prompt[:-1])
-        if blocks:
-            self._slab.recall([block.row for block in blocks], generation.slot)
-            generation.kept = blocks[-1]
-            generation.length = generation.kept_tokens = generation.cached = len(blocks) * BLOCK_TOKENS
-            self.stats.recalled(generation.cached)
-
-    def _keep(self, generation: Generation) -> None:
-        """Keep the blocks that became whole; none while every row is in use by others."""
-        while generation.kept_tokens + BLOCK_TOKENS <= generation.length:
-            start = generation.kept_tokens
-            found = self._prefixes.extend(generation.kept, generation.tokens[start : start + BLOCK_TOKENS])
-            if found is None:
-                return
-            generation.kept, fresh = found
-            generation.kept_tokens += BLOCK_TOKENS
-            if fresh:
-                self._slab.keep(generation.kept.row, generation.slot, start)
-
-    def _join(self, generation: Generation) -> None:
-        """From reading to running, in the first slot that is free by now."""
-        self._reading.remove(generation)
-        if self._speculation and not generation.alone:
-            generation.drafter = Drafter(generation.tokens, self._speculation.rates)
-        slot = len(self._running)
-        if generation.slot != slot:
-            self._slab.move(generation.slot, slot, generation.length)
-            generation.slot = slot
-        self._running.append(generation)
+        return not alike and not self._slots.knows(other.prompt)
 
     def _sample(self, generation: Generation, logits: Float, deliveries: Deliveries) -> bool:
         """Draw its next token; False when it ended."""
-        try:
-            token = generation.sampler.draw(logits)
-        except InferenceError as error:
-            deliveries.append((generation, End(Reason.FAILED, error)))
-            return False
-        generation.tokens.append(token)
-        if token in generation.ends:
-            deliveries.append((generation, End(Reason.STOP)))
-            return False
-        event = token if generation.top_logprobs is None else score(logits, token, generation.top_logprobs)
-        deliveries.append((generation, event))
-        if generation.left > 0:
-            return True
-        deliveries.append((generation, End(Reason.LENGTH)))
-        return False
+        events = generation.draw(logits)
+        deliveries += [(generation, event) for event in events]
+        return not isinstance(events[-1], End)
 
     def _finish(self, deliveries: Deliveries) -> None:
         """Hand out a step's events, the slots of what ended being free already."""
@@ -365,17 +314,10 @@ class Engine:
         self._finish([(generation, end) for generation in generations])
 
     def _leave(self, generation: Generation, end: End) -> None:
-        """Free the slot; the last running answer moves into the gap."""
-        self._slab.free(generation.slot, generation.written)
+        """Free its slot and count how it ended."""
         if generation in self._reading:
             self._reading.remove(generation)
-        else:
-            last = self._running.pop()
-            if last is not generation:
-                self._slab.move(last.slot, generation.slot, last.written)
-                last.slot = generation.slot
-                self._running[generation.slot] = last
-        self._prefixes.release(generation.kept)
+        self._slots.leave(generation)
         with self._changed:
             self._open -= 1
         if end.reason is Reason.FAILED:

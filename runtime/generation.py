@@ -4,8 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from runtime.prefix import Block
-from runtime.sampling import Sampler, Sampling, Scored
+from runtime.sampling import Sampler, Sampling, Scored, score
 from runtime.slab import Shape
 from runtime.speculation import DRAFT_TOKENS, Drafter
 from wire.errors import Code, InferenceError
@@ -85,6 +88,18 @@ class Generation:
     def written(self) -> int:
         """Tokens that its slot may hold: drafts that were wrong lie behind its own."""
         return min(self.room, self.length + (DRAFT_TOKENS if self.drafter is not None else 0))
+
+    def draw(self, logits: NDArray[np.float32]) -> list[Event]:
+        """Draw its next token by `logits` float32 [vocab_size]; what there is to tell, an End last when it ended."""
+        try:
+            token = self.sampler.draw(logits)
+        except InferenceError as error:
+            return [End(Reason.FAILED, error)]
+        self.tokens.append(token)
+        if token in self.ends:
+            return [End(Reason.STOP)]
+        event = token if self.top_logprobs is None else score(logits, token, self.top_logprobs)
+        return [event] if self.left > 0 else [event, End(Reason.LENGTH)]
 
 
 def check_room(generation: Generation, shape: Shape) -> None:

@@ -22,6 +22,7 @@ from runtime.generation import Deliveries, End, Generation, Reason, check_room, 
 from runtime.model import PREFILL_TOKENS, Float, Interrupt, Model
 from runtime.pace import Pace
 from runtime.prefix import BLOCK_TOKENS
+from runtime.slab import Usage
 from runtime.slots import Slots
 from runtime.speculation import Drafter, Speculation
 from runtime.stats import Stats
@@ -67,9 +68,9 @@ class Engine:
         return self._open
 
     @property
-    def promised_bytes(self) -> int:
-        """Memory that its requests may still take of the budget."""
-        return self._slab.promised_bytes
+    def usage(self) -> Usage:
+        """Memory for keys and values."""
+        return self._slab.usage
 
     def knows(self, prompt: Sequence[int]) -> bool:
         """Whether something of `prompt` is kept, from any thread, as far as it can tell without waiting."""

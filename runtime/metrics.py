@@ -15,6 +15,8 @@ _COUNTERS: tuple[tuple[str, str, str, Callable[[ModelStats], float | None]], ...
     ("accepted_tokens_total", "counter", "Guessed tokens that became the answer's.", lambda row: row.accepted_tokens),
     ("busy_seconds_total", "counter", "Seconds that the engine spent inside steps.", lambda row: row.busy_s),
     ("open_requests", "gauge", "Requests waiting or running.", lambda row: row.active),
+    ("kv_budget_bytes", "gauge", "Bound of the memory for keys and values.", lambda row: row.kv_budget_bytes),
+    ("kv_held_bytes", "gauge", "What of it is reserved or filled.", lambda row: row.kv_held_bytes),
     ("tokens_per_second", "gauge", "Tokens per second of decoding.", lambda row: row.tokens_per_s),
 )
 _QUANTILES: tuple[tuple[str, str, str, Callable[[ModelStats], float | None]], ...] = (

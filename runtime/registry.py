@@ -188,7 +188,7 @@ class Registry:
         others = [version for version in self._loaded() if version.entry.model != model]
         known = {version.entry.model for version in others} | {model}
         to_come = sum(entry.model not in known for entry in serving.models)
-        return Sharing(sum(version.engine.promised_bytes for version in others), to_come)
+        return Sharing(sum(version.engine.usage.promised for version in others), to_come)
 
     def _retire(self, place: Place, old: Loaded) -> None:
         old.replaced = True
@@ -236,7 +236,7 @@ def delivery_to(loop: asyncio.AbstractEventLoop) -> Callable[[Deliveries], None]
 
 
 def _row(version: Loaded) -> ModelStats:
-    figures = version.engine.stats.snapshot()
+    figures, usage = version.engine.stats.snapshot(), version.engine.usage
     return ModelStats(
         model=version.entry.model, version=version.entry.version, decoded=version.entry.decoded,
         packed=version.packed, stale=version.stale[:2000], requests=figures.requests, failures=figures.failures,
@@ -245,4 +245,5 @@ def _row(version: Loaded) -> ModelStats:
         accepted_tokens=figures.accepted_tokens, busy_s=figures.busy_s,
         active=version.engine.open, latency_p50_s=figures.latency_p50_s, latency_p95_s=figures.latency_p95_s,
         first_token_p50_s=figures.first_token_p50_s, tokens_per_s=figures.tokens_per_s,
+        kv_budget_bytes=usage.budget, kv_held_bytes=usage.held,
     )  # fmt: skip

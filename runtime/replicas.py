@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from runtime.engine import Engine
 from runtime.generation import Generation, Reason
+from runtime.slab import Usage
 from runtime.stats import Stats
 
 
@@ -23,9 +24,9 @@ class Replicas:
         return sum(engine.open for engine in self._engines)
 
     @property
-    def promised_bytes(self) -> int:
-        """Memory that their requests may still take of the budget."""
-        return sum(engine.promised_bytes for engine in self._engines)
+    def usage(self) -> Usage:
+        """Memory for keys and values of all."""
+        return sum((engine.usage for engine in self._engines), Usage())
 
     def submit(self, generation: Generation) -> None:
         """Give a request to the engine with the fewest; one that knows its beginning may have one more than another.

@@ -39,6 +39,20 @@ class Shape:
     """What `capacity` comes from, for whoever asks for more."""
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Bytes of keys and values, kept blocks included."""
+
+    budget: int = 0
+    held: int = 0
+    """What of it is reserved for requests, or was written and not given back."""
+    promised: int = 0
+    """What may still be taken beside the pages that are there, at most."""
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(self.budget + other.budget, self.held + other.held, self.promised + other.promised)
+
+
 def cache_dtype(config: DecoderConfig) -> np.dtype[Any]:
     """numpy's type of cached keys and values."""
     return np.dtype(np.int8 if config.kv_cache is Dtype.I8 else np.float32)
@@ -62,6 +76,8 @@ class Slab:
         _, self._kept = _allocate(kept, dtype)
         self._kept_rows = 0
         """Rows that were ever filled; the cache takes the first ones first."""
+        self._page_row_bytes = mmap.PAGESIZE * parts * config.kv_heads
+        """A page of every head of every part."""
         self._limit = self._pages(shape.tokens or shape.slots * rows)
         self._reserved = [0] * shape.slots
         """Pages per head of a part that the request in each slot may fill."""
@@ -69,11 +85,14 @@ class Slab:
         """Those that whoever had the slot before has filled and that were not given back."""
 
     @property
-    def promised_bytes(self) -> int:
-        """What the slab may still take beside the pages that it has, at most."""
-        parts, _, heads, _, _ = self._slots.shape
-        pages = max(0, self._limit - sum(self._written))
-        return int(pages * mmap.PAGESIZE * parts * heads + self._kept[self._kept_rows :].nbytes)
+    def usage(self) -> Usage:
+        """From any thread."""
+        kept, pages = self._kept[: self._kept_rows].nbytes, sum(self._written)
+        return Usage(
+            self._limit * self._page_row_bytes + self._kept.nbytes,
+            self._held() * self._page_row_bytes + kept,
+            max(0, self._limit - pages) * self._page_row_bytes + self._kept.nbytes - kept,
+        )
 
     def parts(self, slot: int, count: int) -> list[NDArray[Any]]:
         """Keys, then values, of each layer: contiguous [count, kv_heads, rows, head_size] of the slots from `slot`."""

@@ -127,6 +127,10 @@ class ModelStats(Report):
     latency_p95_s: float | None = None
     first_token_p50_s: float | None = None
     tokens_per_s: float | None = None
+    kv_budget_bytes: Counter | None = None
+    """Bound of the memory for keys and values, kept prefixes included."""
+    kv_held_bytes: Counter | None = None
+    """What of it is reserved or filled."""
 
 
 class RuntimeStats(Report):

@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from runtime_fixtures import MODEL, Node, ask, base_version, running, wait_for
 
 from runtime.slab import token_bytes
+from wire.documents import parse_document
+from wire.serving import RuntimeStats
 
 pytestmark = pytest.mark.e2e
 TOKENS = 700
@@ -49,6 +51,10 @@ def test_small_budget_serves_shorter_requests_and_says_what_it_refuses(tmp_path:
             assert error["code"] == "context_exceeded"
             assert numbers in error["message"]
             assert "context of 512 tokens (by memory; see kv_cache_bytes)" in error["message"]
+        figures = parse_document(RuntimeStats, ask(node.admin, "GET", "/v2/models/stats").body).models[0]
+        assert figures.kv_budget_bytes is not None
+        assert TOKENS * 6144 <= figures.kv_budget_bytes < (TOKENS + 16) * 6144
+        assert f"}} {figures.kv_budget_bytes}\n" in ask(node.public, "GET", "/metrics").body.decode()
         logged = next(line for line in node.log().splitlines() if "memory for keys and values" in line)
         assert f"{TOKENS} tokens of" in json.loads(logged)["arithmetic"]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.slab import Shape, Slab
+from runtime.slab import Shape, Slab, Usage
 from wire.errors import Code, DeployError
 from wire.manifest import DecoderConfig
 
@@ -90,15 +90,17 @@ def test_moved_request_takes_its_tokens_and_its_reservation_along() -> None:
     assert slab.reserve(1, 1024)
 
 
-def test_promise_is_the_budget_less_what_is_there() -> None:
+def test_usage_tells_budget_holdings_and_what_may_still_come() -> None:
     slab = Slab(CONFIG, Shape(2, 1024, kept_blocks=10, tokens=1024))
-    assert slab.promised_bytes == (1024 + 160) * TOKEN
+    budget = (1024 + 160) * TOKEN
+    assert slab.usage == Usage(budget, 0, budget)
     assert slab.reserve(0, 512)
+    assert slab.usage == Usage(budget, 512 * TOKEN, budget)
     slab.free(0, 512)
     slab.keep(0, 0, 0)
-    assert slab.promised_bytes == (512 + 144) * TOKEN
+    assert slab.usage == Usage(budget, (512 + 16) * TOKEN, (512 + 144) * TOKEN)
     slab.trim()
-    assert slab.promised_bytes == (1024 + 144) * TOKEN
+    assert slab.usage + Usage(1, 2, 3) == Usage(budget + 1, 16 * TOKEN + 2, (1024 + 144) * TOKEN + 3)
 
 
 def test_head_that_divides_no_page_keeps_its_neighbours_apart() -> None:

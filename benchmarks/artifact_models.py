@@ -17,8 +17,8 @@ from benchmarks.harness import PeerAbsent
 from codec.encoder import EncodedPack, encode_pack
 from codec.versions import stream_bytes
 from forge.build import build_version
-from forge.decoder_weights import place_int4
-from forge.quantise import BLOCK, Float, quantise_int4, to_bf16_grid
+from forge.placer import place_quantised
+from forge.quantise import BLOCK, Float, quantise_blocks, to_bf16_grid
 from forge.weights import WEIGHTS_FILE, WeightsWriter, writing_weights
 from wire.digest import digest_of
 from wire.documents import encode_document
@@ -165,7 +165,7 @@ def place_blocks(writer: WeightsWriter, name: str, matrix: Float) -> None:
     if matrix.ndim != 2 or matrix.shape[1] % BLOCK:
         place_f32(writer, name, matrix)
         return
-    place_int4(writer, name, quantise_int4(name, matrix))
+    place_quantised(writer, name, quantise_blocks(name, matrix))
 
 
 def place_pruned_bf16(writer: WeightsWriter, name: str, matrix: Float) -> None:

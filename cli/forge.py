@@ -18,6 +18,7 @@ from forge.evaluate import evaluate_version, read_windows
 from forge.extract import extract_artifact
 from forge.inspect import inspect_artifact
 from forge.picture import draw_layers
+from forge.quantise import Precision
 from forge.release import ReleaseSummary, make_release
 from forge.verify import verify_artifact, verify_release
 from host.files import write_atomically
@@ -49,6 +50,9 @@ def build(
     name: Annotated[str, typer.Option(help="Name of the model, as applications will ask for it.")],
     version: Annotated[str, typer.Option(help="Version for people, for example 1.0.")],
     out: Annotated[Path, typer.Option(help="New version directory.")],
+    precision: Annotated[
+        Precision | None, typer.Option(help="How matrices are stored: int4 for decoders; encoders are int8 by default.")
+    ] = None,
     scales_of: Annotated[Path | None, typer.Option(help="Version whose scales are kept for a small delta.")] = None,
     kv_cache: Annotated[
         CacheType, typer.Option(help="How the runtime keeps keys and values; int8 takes a quarter of the memory.")
@@ -58,14 +62,16 @@ def build(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Import a checkpoint, quantise it to int4, write the version directory."""
+    """Import a checkpoint of a decoder or a sentence encoder, quantise it, write the version directory."""
     cache = None
     if kv_cache is CacheType.INT8:
         cache = Int8Cache(read_windows(calibration) if calibration is not None else None)
     elif calibration is not None:
         raise ConfigError("a float32 cache needs no calibration; leave it out, or add --kv-cache int8")
     with progress() as report:
-        document = build_version(source, out, (name, version), scales_of=scales_of, cache=cache, progress=report)
+        document = build_version(
+            source, out, (name, version), precision=precision, scales_of=scales_of, cache=cache, progress=report
+        )
     figures = {
         "model": name, "version": version, "decoded": document.decoded_digest(),
         "parameters": parameters_of(document), "raw_bytes": sum(entry.size_bytes for entry in document.files),

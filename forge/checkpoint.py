@@ -39,26 +39,24 @@ class Architecture:
     eos_token_ids: tuple[int, ...]
 
 
-class Checkpoint:
-    """An open checkpoint; tensors are read one at a time, as float32."""
+class Tensors:
+    """The open weights of a checkpoint; tensors are read one at a time, as float32."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises ConfigError when `directory` is no checkpoint that this version can import."""
-        self.directory = directory
-        self.architecture = read_architecture(directory / "config.json")
+        """Raises ConfigError when they cannot be read."""
         self.weights = directory / "model.safetensors"
         try:
             self._file: Any = safe_open(self.weights, framework="np")
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{self.weights} cannot be read ({error}); download the checkpoint again") from error
-        self._names: set[str] = set(self._file.keys())  # type: ignore[no-untyped-call]
+        self.names: frozenset[str] = frozenset(self._file.keys())  # type: ignore[no-untyped-call]
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Float:
         """Tensor `name` as float32 of `shape`.
 
         Raises ArtifactError(unsupported) when it is missing, of another shape, or not finite.
         """
-        if name not in self._names:
+        if name not in self.names:
             raise ArtifactError(Code.UNSUPPORTED, f"{self.weights.name} lacks tensor {name}; export the model anew")
         try:
             stored = self._file.get_tensor(name)
@@ -78,13 +76,35 @@ class Checkpoint:
         return values
 
 
-def read_architecture(path: Path) -> Architecture:
-    """Parse config.json. Raises ConfigError naming the field."""
+class Checkpoint(Tensors):
+    """An open checkpoint of a decoder."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ConfigError when `directory` is no checkpoint that this version can import."""
+        self.architecture = read_architecture(directory / "config.json")
+        super().__init__(directory)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of a checkpoint holds, bounded. Raises ConfigError."""
     try:
         with path.open("rb") as source:
-            config: dict[str, Any] = json.loads(source.read(CONFIG_LIMIT_BYTES))
+            return json.loads(source.read(CONFIG_LIMIT_BYTES))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); point at a folder with config.json") from error
+        raise ConfigError(f"{path} cannot be read ({error}); point at a folder with {path.name}") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises ConfigError."""
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds no JSON object; take it from the same export")
+    return config
+
+
+def read_architecture(path: Path) -> Architecture:
+    """Parse config.json. Raises ConfigError naming the field."""
+    config = read_config(path)
     names = config.get("architectures") or []
     if not set(names) & SUPPORTED:
         raise ConfigError(f"architecture {', '.join(names) or 'none'} is not supported; use one of {sorted(SUPPORTED)}")

@@ -1,19 +1,17 @@
-"""Making golden vectors: prompts whose reference logits notice a wrong layer.
+"""Making golden vectors: texts whose reference logits or embeddings notice a wrong layer.
 
 A row's error is the RMS difference of the chosen columns divided by the standard deviation of the whole reference row.
 Int8 activations cost the int4 sample 0.4 to 0.8 % on x86; shuffling the nibbles of its least telling tensor costs 18 %.
 The tolerance lies between them and is widened only when this very model needs more on the machine that makes it.
 """
 
-from pathlib import Path
-
 import numpy as np
 from tokenizers import Tokenizer
 
+from forge.encoder_reference import EncoderJudge
 from forge.quantise import Float
 from forge.reference import Judge
-from wire.documents import encode_document
-from wire.golden import GOLDEN_FILE, GoldenSet, GoldenVector
+from wire.golden import EmbeddingSet, EmbeddingVector, GoldenSet, GoldenVector
 
 TOLERANCE = 0.1
 MARGIN = 3.0
@@ -21,6 +19,12 @@ TOP_COLUMNS = 48
 RANDOM_COLUMNS = 208
 MIN_TOP1_AGREEMENT = 0.5
 """Near ties flip the argmax between kernels; a wrong model agrees almost nowhere."""
+
+EMBEDDING_TOLERANCE = 0.001
+EMBEDDING_MARGIN = 9.0
+"""Of a squared distance, where MARGIN is of a distance."""
+EMBEDDING_TOKENS = 256
+"""Length of the long text, where the model takes so many."""
 
 PROMPTS = (
     "The",
@@ -57,9 +61,32 @@ def row_error(vector: GoldenVector, row: Float) -> float:
     return float(np.sqrt(np.mean(np.square(difference))) / vector.deviation)
 
 
-def write_golden(golden: GoldenSet, directory: Path) -> None:
-    """Write golden.json."""
-    (directory / GOLDEN_FILE).write_bytes(encode_document(golden))
+def golden_texts(tokenizer: Tokenizer, max_tokens: int) -> list[list[int]]:
+    """Tokens of the prompts, and of all together as often as it takes to judge every position that one text has."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    texts = [[int(token) for token in tokenizer.encode(prompt).ids][:max_tokens] for prompt in PROMPTS]
+    longest = min(max_tokens, EMBEDDING_TOKENS)
+    joined = [token for text in texts for token in text]
+    return [*texts, (joined * (longest // len(joined) + 1))[:longest]]
+
+
+def make_embedding_set(reference: EncoderJudge, shipped: EncoderJudge, texts: list[list[int]]) -> EmbeddingSet:
+    """Golden embeddings of `reference`, with a tolerance that leaves `shipped` a margin on this machine."""
+    rows = reference.embed(texts)
+    worst = max(embedding_error(row, found) for row, found in zip(rows, shipped.embed(texts), strict=True))
+    tolerance = max(EMBEDDING_TOLERANCE, EMBEDDING_MARGIN * worst)
+    vectors = tuple(
+        EmbeddingVector(input_ids=tuple(text), embedding=tuple(round(float(value), 7) for value in row))
+        for text, row in zip(texts, rows, strict=True)
+    )
+    return EmbeddingSet(tolerance=min(round(tolerance, 6), 1.0), vectors=vectors)
+
+
+def embedding_error(reference: Float, found: Float) -> float:
+    """As wire/golden.py defines it; 1 - cosine of normalised embeddings."""
+    expected = reference.astype(np.float64)
+    return float(np.sum(np.square(found - expected)) / (2 * np.sum(np.square(expected))))
 
 
 def _vector(ids: list[int], row: Float, random: np.random.Generator, vocab_size: int) -> GoldenVector:

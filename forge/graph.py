@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from forge.checkpoint import Architecture
 from forge.quantise import BLOCK
@@ -31,10 +31,13 @@ CACHE_ATTRIBUTES = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A matrix [rows, columns] in weights.bin: int4 (`packed`, `scales`) or float32 stored transposed (`dense`)."""
+    """A matrix [rows, columns] in weights.bin: quantised (`packed`, `scales`) or float32 (`dense`), which is stored
+    transposed unless its rows are looked up."""
 
     rows: int
     columns: int
+    bits: int = 4
+    """Of a quantised weight."""
     packed: Placed | None = None
     scales: Placed | None = None
     dense: Placed | None = None
@@ -44,7 +47,6 @@ class Matrix:
 class GraphBuilder:
     """Collects nodes and initializers; names of values are the names of the modules in the checkpoint."""
 
-    architecture: Architecture
     nodes: list[NodeProto] = field(default_factory=list)
     initializers: list[TensorProto] = field(default_factory=list)
 
@@ -72,28 +74,43 @@ class GraphBuilder:
             self.initializers.append(matrix.dense.initializer(f"{name}.weight", TensorProto.FLOAT, shape))
             return self.node("MatMul", [source, f"{name}.weight"], [name])
         blocks = matrix.columns // BLOCK
-        quantised = matrix.packed.initializer(f"{name}.packed", TensorProto.UINT8, (matrix.rows, blocks, BLOCK // 2))
+        stored = (matrix.rows, blocks, BLOCK * matrix.bits // 8)
+        quantised = matrix.packed.initializer(f"{name}.packed", TensorProto.UINT8, stored)
         scales = matrix.scales.initializer(f"{name}.scales", TensorProto.FLOAT, (matrix.rows, blocks))
         self.initializers += [quantised, scales]
         return self.node(
             "MatMulNBits", [source, quantised.name, scales.name], [name], CONTRIB, K=matrix.columns, N=matrix.rows,
-            bits=4, block_size=BLOCK, accuracy_level=INT8_ACTIVATIONS,
+            bits=matrix.bits, block_size=BLOCK, accuracy_level=INT8_ACTIVATIONS,
         )  # fmt: skip
 
     def embed(self, name: str, ids: str, matrix: Matrix) -> str:
-        """Rows of the matrix by `ids` [B, S]: [B, S, columns]. int4 data is read where the LM head reads it."""
+        """Rows of the matrix by `ids` [B, S]: [B, S, columns]. Quantised data is read where the LM head reads it."""
         if matrix.packed is None or matrix.scales is None:
             assert matrix.dense is not None  # noqa: S101  a Matrix has one form or the other
             table = matrix.dense.initializer(f"{name}.table", TensorProto.FLOAT, matrix.dense.shape)
             self.initializers.append(table)
             return self.node("Gather", [table.name, ids], [name], axis=0)
-        packed = matrix.packed.initializer(f"{name}.packed", TensorProto.UINT8, (matrix.rows, matrix.columns // 2))
+        stored = (matrix.rows, matrix.columns * matrix.bits // 8)
+        packed = matrix.packed.initializer(f"{name}.packed", TensorProto.UINT8, stored)
         scales = matrix.scales.initializer(f"{name}.scales", TensorProto.FLOAT, (matrix.rows, matrix.columns // BLOCK))
         self.initializers += [packed, scales]
         return self.node(
-            "GatherBlockQuantized", [packed.name, ids, scales.name], [name], CONTRIB, bits=4, block_size=BLOCK,
-            gather_axis=0, quantize_axis=1,
+            "GatherBlockQuantized", [packed.name, ids, scales.name], [name], CONTRIB, bits=matrix.bits,
+            block_size=BLOCK, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
+
+    def model(self, name: str, inputs: list[ValueInfoProto], outputs: list[ValueInfoProto]) -> ModelProto:
+        """The graph of everything that was added."""
+        graph = helper.make_graph(self.nodes, name, inputs, outputs, self.initializers)
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="amperage")
+
+
+@dataclass(slots=True)
+class _DecoderBuilder(GraphBuilder):
+    """With what only decoders have."""
+
+    architecture: Architecture = field(kw_only=True)
 
     def rotary_tables(self) -> tuple[str, str]:
         """cos and sin of position times inverse frequency, [context, head_size / 2] (RoPE, arXiv 2104.09864)."""
@@ -147,7 +164,7 @@ def build_graph(
 ) -> ModelProto:
     """The decoder graph; deterministic for the same input. With `cache_scales`, one per layer, keys and values are
     cached as int8, else as float32."""
-    b = GraphBuilder(architecture)
+    b = _DecoderBuilder(architecture=architecture)
     cos, sin = b.rotary_tables()
     residual = b.embed("model.embed_tokens", "input_ids", weights.embedding)
     normed = b.node(
@@ -170,7 +187,7 @@ def build_graph(
 
 
 def _attention(  # noqa: PLR0913  # each is another input of the node
-    b: GraphBuilder, i: int, source: str, layer: Layer, tables: tuple[str, str], cache: CacheScales | None
+    b: _DecoderBuilder, i: int, source: str, layer: Layer, tables: tuple[str, str], cache: CacheScales | None
 ) -> str:
     a, name = b.architecture, f"model.layers.{i}.attention"
     qkv = b.matmul(f"{name}.qkv", source, layer.qkv)
@@ -189,7 +206,7 @@ def _attention(  # noqa: PLR0913  # each is another input of the node
     return b.matmul(f"{name}.output", name, layer.output)
 
 
-def _mlp(b: GraphBuilder, name: str, source: str, layer: Layer) -> str:
+def _mlp(b: _DecoderBuilder, name: str, source: str, layer: Layer) -> str:
     """SwiGLU: down(silu(gate) * up); QuickGelu with alpha 1 is silu."""
     both = b.matmul(f"{name}.gate_up", source, layer.gate_up)
     b.node("Split", [both], [f"{name}.gate", f"{name}.up"], axis=-1, num_outputs=2)
@@ -198,7 +215,7 @@ def _mlp(b: GraphBuilder, name: str, source: str, layer: Layer) -> str:
     return b.matmul(f"{name}.down", f"{name}.product", layer.down)
 
 
-def _skip_norm(b: GraphBuilder, name: str, sources: tuple[str, str], weight: Placed) -> tuple[str, str]:
+def _skip_norm(b: _DecoderBuilder, name: str, sources: tuple[str, str], weight: Placed) -> tuple[str, str]:
     """RMS norm of the sum; returns (normed, sum)."""
     b.node(
         "SkipSimplifiedLayerNormalization", [*sources, b.vector(f"{name}.weight", weight)],
@@ -207,7 +224,7 @@ def _skip_norm(b: GraphBuilder, name: str, sources: tuple[str, str], weight: Pla
     return name, f"{name}.sum"
 
 
-def _head(b: GraphBuilder, source: str, head: Matrix) -> None:
+def _head(b: _DecoderBuilder, source: str, head: Matrix) -> None:
     """Logits of the rows that were asked for: prefill needs one row of a head that is a fifth of the model."""
     b.constant("head.flat", [-1, b.architecture.hidden_size], np.int64)
     b.node("Reshape", [source, "head.flat"], ["head.rows"])
@@ -215,7 +232,7 @@ def _head(b: GraphBuilder, source: str, head: Matrix) -> None:
     b.matmul("logits", "head.chosen", head)
 
 
-def _model(b: GraphBuilder, cache_type: int) -> ModelProto:
+def _model(b: _DecoderBuilder, cache_type: int) -> ModelProto:
     a = b.architecture
     cache: list[str | int | None] = ["B", a.kv_heads, "C", a.head_size]
     inputs = [
@@ -229,6 +246,4 @@ def _model(b: GraphBuilder, cache_type: int) -> ModelProto:
         for part in ("key", "value"):
             inputs.append(helper.make_tensor_value_info(f"past_key_values.{i}.{part}", cache_type, cache))
             outputs.append(helper.make_tensor_value_info(f"present.{i}.{part}", cache_type, cache))
-    graph = helper.make_graph(b.nodes, "decoder", inputs, outputs, b.initializers)
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="amperage")
+    return b.model("decoder", inputs, outputs)

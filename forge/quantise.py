@@ -1,12 +1,13 @@
-"""Block-wise symmetric int4 on scales of the bfloat16 grid.
+"""Block-wise symmetric int4 and int8 on scales of the bfloat16 grid.
 
-A row of K weights is cut into blocks of 32; a block stores q = round(w / s) in [-8, 7] as q + 8 and one scale s. The
-scale is rounded to bfloat16 *before* quantising: the error does not change and a scale costs half the bytes
-(measured: 0.324 against 0.824 bits per weight). Among a few shrunken scales the one with the least squared error is
-kept, which clips a block's largest weight a little to place the others better.
+A row of K weights is cut into blocks of 32; a block stores q = round(w / s) in [-8, 7] as q + 8, of int8 in [-128, 127]
+as q + 128, and one scale s. The scale is rounded to bfloat16 *before* quantising: the error does not change and a scale
+costs half the bytes (measured: 0.324 against 0.824 bits per weight). Of int4, among a few shrunken scales the one with
+the least squared error is kept, which clips a block's largest weight a little to place the others better.
 """
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,34 +18,50 @@ Float = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 BLOCK = 32
-ZERO_POINT = 8
 SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82)
-"""Shares of absmax / 7 that are tried as scale."""
+"""Shares of absmax / 7 that are tried as scale; int8 clips nothing, its error is small enough."""
+
+
+class Precision(StrEnum):
+    """How matrices are stored."""
+
+    FLOAT32 = "float32"
+    INT8 = "int8"
+    INT4 = "int4"
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight, without its share of a scale."""
+        return {Precision.FLOAT32: 32, Precision.INT8: 8, Precision.INT4: 4}[self]
 
 
 @dataclass(frozen=True, slots=True)
-class Int4Matrix:
-    """A quantised matrix [rows, columns]; `packed` uint8 [rows, columns / 2], low nibble first; `scales` float32
-    [rows, columns / 32] on the bfloat16 grid."""
+class BlockMatrix:
+    """A quantised matrix [rows, columns]; `packed` uint8 [rows, columns * bits / 8], int4 low nibble first; `scales`
+    float32 [rows, columns / 32] on the bfloat16 grid."""
 
     packed: Bytes
     scales: Float
+    bits: int = 4
 
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns) of the matrix."""
-        return self.packed.shape[0], self.packed.shape[1] * 2
+        return self.packed.shape[0], self.packed.shape[1] * 8 // self.bits
 
     def dequantise(self) -> Float:
         """float32 [rows, columns]: what the kernels compute with."""
         levels = np.empty(self.shape, np.float32)
-        levels[:, 0::2] = self.packed & 0x0F
-        levels[:, 1::2] = self.packed >> 4
-        blocks = (levels - ZERO_POINT).reshape(self.shape[0], -1, BLOCK)
+        if self.bits == 4:
+            levels[:, 0::2] = self.packed & 0x0F
+            levels[:, 1::2] = self.packed >> 4
+        else:
+            levels[:] = self.packed
+        blocks = (levels - _zero_point(self.bits)).reshape(self.shape[0], -1, BLOCK)
         return np.asarray((blocks * self.scales[:, :, None]).reshape(self.shape), np.float32)
 
 
-def quantise_int4(name: str, weights: Float, base_scales: Float | None = None) -> Int4Matrix:
+def quantise_blocks(name: str, weights: Float, base_scales: Float | None = None, *, bits: int = 4) -> BlockMatrix:
     """Quantise `weights` [rows, columns]; with `base_scales` a block keeps the base's scale unless that would clip it,
     so that the difference to the base stays sparse.
 
@@ -57,13 +74,13 @@ def quantise_int4(name: str, weights: Float, base_scales: Float | None = None) -
             f"tensor {name} has {columns} columns, no multiple of {BLOCK}; keep it in float or pad the model",
         )
     blocks = weights.reshape(rows, columns // BLOCK, BLOCK)
-    scales = _best_scales(blocks)
+    scales = _best_scales(blocks, bits)
     if base_scales is not None and base_scales.shape == scales.shape:
-        fits = np.abs(blocks).max(axis=2) <= base_scales * (ZERO_POINT + 0.5)
+        fits = np.abs(blocks).max(axis=2) <= base_scales * (_zero_point(bits) + 0.5)
         scales = np.where(fits & (base_scales > 0), base_scales, scales)
-    levels = _levels(blocks, scales).reshape(rows, columns).astype(np.uint8)
-    packed: Bytes = levels[:, 0::2] | levels[:, 1::2] << np.uint8(4)
-    return Int4Matrix(packed, scales)
+    levels = _levels(blocks, scales, bits).reshape(rows, columns).astype(np.uint8)
+    packed: Bytes = levels if bits == 8 else levels[:, 0::2] | levels[:, 1::2] << np.uint8(4)
+    return BlockMatrix(packed, scales, bits)
 
 
 def to_bf16_grid(values: Float) -> Float:
@@ -73,23 +90,30 @@ def to_bf16_grid(values: Float) -> Float:
     return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-def _best_scales(blocks: Float) -> Float:
+def _zero_point(bits: int) -> int:
+    """What stands for 0, in onnxruntime's operations too when they are given none."""
+    return 1 << (bits - 1)
+
+
+def _best_scales(blocks: Float, bits: int) -> Float:
     """The scale of least squared error per block, float32 [rows, blocks]; an all-zero block gets 2 ** -20."""
+    zero = _zero_point(bits)
     largest = np.abs(blocks).max(axis=2)
-    full = np.where(largest > 0, largest / 7, np.float32(2.0**-20)).astype(np.float32)
+    full = np.where(largest > 0, largest / (zero - 1), np.float32(2.0**-20)).astype(np.float32)
     best = np.zeros_like(full)
     least = np.full(full.shape, np.inf, np.float32)
-    for shrink in SHRINKS:
+    for shrink in SHRINKS if bits == 4 else SHRINKS[:1]:
         scales = to_bf16_grid(full * np.float32(shrink))
-        error = np.square((_levels(blocks, scales) - ZERO_POINT) * scales[:, :, None] - blocks).sum(axis=2)
+        error = np.square((_levels(blocks, scales, bits) - zero) * scales[:, :, None] - blocks).sum(axis=2)
         better = error < least
         best, least = np.where(better, scales, best), np.where(better, error, least)
     return np.asarray(best, np.float32)
 
 
-def _levels(blocks: Float, scales: Float) -> Float:
-    """Stored levels 0..15 of `blocks` [rows, blocks, 32], as float32."""
-    return np.asarray(np.clip(np.rint(blocks / scales[:, :, None]), -8, 7) + ZERO_POINT, np.float32)
+def _levels(blocks: Float, scales: Float, bits: int) -> Float:
+    """Stored levels, 0 to 2 ** bits - 1, of `blocks` [rows, blocks, 32], as float32."""
+    zero = _zero_point(bits)
+    return np.asarray(np.clip(np.rint(blocks / scales[:, :, None]), -zero, zero - 1) + zero, np.float32)
 
 
 @dataclass(frozen=True, slots=True)

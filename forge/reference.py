@@ -1,12 +1,14 @@
 """Judging by mathematics: the float32 twin of a model, and one way to run either.
 
-The twin of a version directory has the same graph with every int4 matrix dequantised to float32, so that its logits
-are what the shipped weights mean; the int4 kernels (int8 activations, another rounding on every CPU) are judged by it.
+The twin of a version directory has the same graph with every quantised matrix dequantised to float32, so that its
+logits are what the shipped weights mean; the kernels for them (int8 activations, another rounding on every CPU) are
+judged by it.
 """
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: the wheel phones home by default
 
@@ -20,22 +22,19 @@ from onnx.external_data_helper import load_external_data_for_model
 from forge.checkpoint import Checkpoint
 from forge.decoder_weights import place_weights
 from forge.graph import CACHE_ATTRIBUTES, FLOAT_ATTENTION_INPUTS, build_graph
-from forge.quantise import Float, Int4Matrix
+from forge.quantise import BlockMatrix, Float, Precision
 from forge.weights import writing_weights
+from wire.errors import ConfigError
 from wire.manifest import DecoderConfig, VersionDocument
 
 MODEL_FILE = "model.onnx"
 
 
 class Judge:
-    """A loaded decoder that returns logits of whole prompts; `threads` as onnxruntime counts them."""
+    """A loaded decoder that returns logits of whole prompts."""
 
     def __init__(self, model: Path | bytes, layers: int, kv_heads: int, head_size: int) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = len(os.sched_getaffinity(0))
-        options.log_severity_level = 3
-        source = str(model) if isinstance(model, Path) else model
-        self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        self._session = open_judge(model)
         self._layers, self._kv_heads, self._head_size = layers, kv_heads, head_size
         types = {entry.type for entry in self._session.get_inputs()}
         self._cache_dtype = np.int8 if "tensor(int8)" in types else np.float32
@@ -55,14 +54,23 @@ class Judge:
         return np.asarray(self._session.run(["logits"], feeds)[0], np.float32)
 
 
+def open_judge(model: Path | bytes) -> Any:
+    """A session on every core that this process may use."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.log_severity_level = 3
+    source = str(model) if isinstance(model, Path) else model
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
 def shipped_judge(directory: Path, version: VersionDocument) -> Judge:
     """The model as a node runs it: int4 kernels of this CPU."""
-    return Judge(directory / MODEL_FILE, *_shape(version.config))
+    return Judge(directory / MODEL_FILE, *_shape(version))
 
 
 def twin_judge(directory: Path, version: VersionDocument) -> Judge:
     """The float32 twin of a version directory."""
-    return Judge(float_twin(directory).SerializeToString(), *_shape(version.config))
+    return Judge(float_twin(directory).SerializeToString(), *_shape(version))
 
 
 def float_cache_judge(directory: Path, version: VersionDocument) -> Judge:
@@ -70,13 +78,13 @@ def float_cache_judge(directory: Path, version: VersionDocument) -> Judge:
     model = onnx.load(str(directory / MODEL_FILE), load_external_data=False)
     load_external_data_for_model(model, str(directory))
     _cache_in_float(model)
-    return Judge(model.SerializeToString(), *_shape(version.config))
+    return Judge(model.SerializeToString(), *_shape(version))
 
 
 def checkpoint_judge(checkpoint: Checkpoint, scratch: Path) -> Judge:
     """The checkpoint itself in float32; `scratch` is an empty directory that must outlive the judge."""
     with writing_weights(scratch) as writer:
-        graph = build_graph(checkpoint.architecture, place_weights(checkpoint, writer, quantise=False))
+        graph = build_graph(checkpoint.architecture, place_weights(checkpoint, writer, precision=Precision.FLOAT32))
     (scratch / MODEL_FILE).write_bytes(graph.SerializeToString(deterministic=True))
     a = checkpoint.architecture
     return Judge(scratch / MODEL_FILE, a.layers, a.kv_heads, a.head_size)
@@ -97,7 +105,8 @@ def float_twin(directory: Path) -> ModelProto:
             continue
         gathers = node.op_type == "GatherBlockQuantized"
         packed, scales = node.input[0 if gathers else 1], node.input[2]
-        matrix = _dequantised(stored[packed], stored[scales])
+        bits = next(attribute.i for attribute in node.attribute if attribute.name == "bits")
+        matrix = _dequantised(stored[packed], stored[scales], bits)
         name = f"{packed}.float"
         kept[name] = numpy_helper.from_array(matrix if gathers else np.ascontiguousarray(matrix.T), name)
         kept.pop(packed, None)
@@ -123,11 +132,14 @@ def _cache_in_float(model: ModelProto) -> None:
             node.attribute.extend(kept)
 
 
-def _dequantised(packed: TensorProto, scales: TensorProto) -> Float:
+def _dequantised(packed: TensorProto, scales: TensorProto, bits: int) -> Float:
     blocks = numpy_helper.to_array(scales)
     rows = blocks.shape[0]
-    return Int4Matrix(numpy_helper.to_array(packed).reshape(rows, -1), blocks.reshape(rows, -1)).dequantise()
+    return BlockMatrix(numpy_helper.to_array(packed).reshape(rows, -1), blocks.reshape(rows, -1), bits).dequantise()
 
 
-def _shape(config: DecoderConfig) -> tuple[int, int, int]:
+def _shape(version: VersionDocument) -> tuple[int, int, int]:
+    config = version.config
+    if not isinstance(config, DecoderConfig):
+        raise ConfigError(f"{version.model} is an {config.kind}; only decoders have logits to judge")
     return config.layers, config.kv_heads, config.head_size

@@ -18,12 +18,13 @@ from wire.digest import digest_of
 from wire.documents import DOCUMENT_LIMIT_BYTES, encode_document
 from wire.errors import ArtifactError, Code, ConfigError
 from wire.golden import GOLDEN_FILE
-from wire.manifest import Manifest, Quality, Requirements, VersionDocument
+from wire.manifest import Dtype, Manifest, Quality, Requirements, VersionDocument
 from wire.release import ArtifactRef, DeltaRef, Release, Variant
 from wire.signing import Role
 
 RELEASE_FILE = "release.json"
-VARIANT = "int4-block32"
+VARIANTS = {Dtype.U4: "int4-block32", Dtype.U8: "int8-block32"}
+"""Names of variants by the dtype of their matrices."""
 RAM_FACTOR = 2.5
 """Weights mapped, weights repacked by onnxruntime (up to 2.2 times), and a KV cache: what a node should have free."""
 
@@ -131,6 +132,11 @@ def _make_artifact(
     return DeltaRef(manifest=digest, wire_bytes=wire_bytes, base=base[0].decoded_digest()), encoded
 
 
+def variant_name(version: VersionDocument) -> str:
+    """How the matrices are stored, for people and for a node's report."""
+    return next((name for dtype, name in VARIANTS.items() if dtype in version.tensors.dtype), "float32")
+
+
 def _requirements(version: VersionDocument) -> Requirements:
     decoded = sum(entry.size_bytes for entry in version.files)
     return Requirements(ram_bytes=int(decoded * RAM_FACTOR), disk_bytes=decoded)
@@ -139,8 +145,9 @@ def _requirements(version: VersionDocument) -> Requirements:
 def _release(version: VersionDocument, sequence: int, full: ArtifactRef, delta: ArtifactRef | None) -> Release:
     deltas = (delta,) if isinstance(delta, DeltaRef) else ()
     variant = Variant(
-        name=VARIANT, decoded=version.decoded_digest(), full=full, deltas=deltas, requirements=_requirements(version)
-    )
+        name=variant_name(version), decoded=version.decoded_digest(), full=full, deltas=deltas,
+        requirements=_requirements(version),
+    )  # fmt: skip
     return Release(model=version.model, version=version.version, sequence=sequence, variants=(variant,))
 
 

@@ -1,10 +1,11 @@
-"""Golden vectors: prompts and the reference logits that a right model must come close to.
+"""Golden vectors: tokens, and the reference logits or embeddings that a right model must come close to.
 
-`golden.json` is a file of the version directory. Reference logits come from the fp32 forward of the weights as shipped
-(dequantised), so a node's kernels are judged against mathematics, not against another machine's kernels.
+`golden.json` is a file of the version directory: a GoldenSet for decoders, an EmbeddingSet for encoders. References
+come from the fp32 forward of the weights as shipped (dequantised), so a node's kernels are judged against mathematics,
+not against another machine's kernels.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -32,3 +33,20 @@ class GoldenSet(Command):
     tolerance: Annotated[float, Field(gt=0, le=1)]
     min_top1_agreement: Annotated[float, Field(ge=0, le=1)]
     vectors: Annotated[tuple[GoldenVector, ...], Field(min_length=1, max_length=64)]
+
+
+class EmbeddingVector(Command):
+    """One text and its embedding."""
+
+    input_ids: Annotated[tuple[int, ...], Field(min_length=1, max_length=512)]
+    embedding: Annotated[tuple[float, ...], Field(min_length=1, max_length=4096)]
+
+
+class EmbeddingSet(Command):
+    """`golden.json` of an encoder. A text passes when |found - reference|^2 / (2 |reference|^2) <= tolerance and
+    everything is finite; of normalised embeddings this is 1 - cosine."""
+
+    schema_: SchemaOne = 1
+    kind: Literal["embeddings"] = "embeddings"
+    tolerance: Annotated[float, Field(gt=0, le=1)]
+    vectors: Annotated[tuple[EmbeddingVector, ...], Field(min_length=1, max_length=64)]

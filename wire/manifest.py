@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import Discriminator, Field, StringConstraints, Tag, field_validator, model_validator
 
 from wire.digest import Digest, digest_of
 from wire.documents import Command, SchemaOne, encode_document
@@ -126,13 +126,49 @@ class DecoderConfig(Command):
         return dtype
 
 
+class Pooling(StrEnum):
+    """How an encoder makes one vector of a text's token vectors."""
+
+    MEAN = "mean"
+    CLS = "cls"
+    """The vector of the first token."""
+
+
+class EncoderConfig(Command):
+    """What the runtime needs to know of an encoder beside its graph, which pools and normalises by itself."""
+
+    kind: Literal["encoder"] = "encoder"
+    layers: Annotated[int, Field(ge=1, le=512)]
+    hidden_size: Annotated[int, Field(ge=1, le=1 << 20)]
+    heads: Annotated[int, Field(ge=1, le=1024)]
+    vocab_size: Annotated[int, Field(ge=1, le=1 << 22)]
+    max_tokens: Annotated[int, Field(ge=1, le=1 << 16)]
+    """Longest text, with the tokens that the tokenizer adds."""
+    dimensions: Annotated[int, Field(ge=1, le=1 << 20)]
+    """Numbers of an embedding."""
+    pooling: Pooling
+    normalised: bool
+    """Whether embeddings have the Euclidean length 1."""
+
+
+def _kind_of(config: Any) -> str:
+    """Decoders may leave their kind out."""
+    kind = config.get("kind", "decoder") if isinstance(config, dict) else getattr(config, "kind", "decoder")
+    return str(kind)[:64]
+
+
+ModelConfig = Annotated[
+    Annotated[DecoderConfig, Tag("decoder")] | Annotated[EncoderConfig, Tag("encoder")], Discriminator(_kind_of)
+]
+
+
 class VersionDocument(Command):
     """`version.json`: identity, files and tensors of one decoded version."""
 
     schema_: SchemaOne = 1
     model: Name
     version: Annotated[str, StringConstraints(min_length=1, max_length=64, strict=True)]
-    config: DecoderConfig
+    config: ModelConfig
     files: Annotated[tuple[FileEntry, ...], Field(min_length=1, max_length=256)]
     tensors: TensorColumns
 

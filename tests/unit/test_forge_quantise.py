@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from forge.quantise import change_fidelity, quantise_int4, to_bf16_grid
+from forge.quantise import change_fidelity, quantise_blocks, to_bf16_grid
 from wire.errors import ArtifactError, Code
 
 
@@ -12,14 +12,14 @@ def weights(seed: int = 0, shape: tuple[int, int] = (64, 256)) -> np.ndarray:
 
 
 def test_scales_lie_on_the_bf16_grid_and_are_positive() -> None:
-    scales = quantise_int4("w", weights()).scales
+    scales = quantise_blocks("w", weights()).scales
     assert not (scales.view(np.uint32) & 0xFFFF).any()
     assert (scales > 0).all()
 
 
 def test_error_is_below_half_a_step_where_nothing_is_clipped() -> None:
     original = weights()
-    matrix = quantise_int4("w", original)
+    matrix = quantise_blocks("w", original)
     steps = np.repeat(matrix.scales, 32, axis=1)
     inside = np.abs(original) < 7 * steps
     assert (np.abs(matrix.dequantise() - original)[inside] <= 0.5 * steps[inside] * 1.0001).all()
@@ -28,27 +28,27 @@ def test_error_is_below_half_a_step_where_nothing_is_clipped() -> None:
 
 def test_relative_error_is_that_of_a_good_int4_quantiser() -> None:
     original = weights()
-    error = np.linalg.norm(quantise_int4("w", original).dequantise() - original) / np.linalg.norm(original)
+    error = np.linalg.norm(quantise_blocks("w", original).dequantise() - original) / np.linalg.norm(original)
     assert 0.05 < error < 0.12  # plain absmax scales give 0.103 on Gaussian weights; these have heavier tails
 
 
 def test_block_of_zeros_stays_zero() -> None:
     original = weights()
     original[3, 32:64] = 0
-    assert not quantise_int4("w", original).dequantise()[3, 32:64].any()
+    assert not quantise_blocks("w", original).dequantise()[3, 32:64].any()
 
 
 def test_columns_that_are_no_multiple_of_the_block_are_refused_by_name() -> None:
     with pytest.raises(ArtifactError, match=r"layers\.0\.odd") as refused:
-        quantise_int4("layers.0.odd", weights(shape=(4, 40)))
+        quantise_blocks("layers.0.odd", weights(shape=(4, 40)))
     assert refused.value.code is Code.UNSUPPORTED
 
 
 def test_base_scales_are_kept_where_they_fit_and_the_difference_is_sparse() -> None:
     base = weights()
     tuned = base + np.random.default_rng(1).normal(0, 1, base.shape).astype(np.float32) * np.float32(0.03 * 0.02)
-    old = quantise_int4("w", base)
-    fresh, kept = quantise_int4("w", tuned), quantise_int4("w", tuned, old.scales)
+    old = quantise_blocks("w", base)
+    fresh, kept = quantise_blocks("w", tuned), quantise_blocks("w", tuned, old.scales)
     assert (kept.packed != old.packed).mean() < 0.75 * (fresh.packed != old.packed).mean()
     assert np.mean(kept.scales == old.scales) > 0.9
     worse = np.linalg.norm(kept.dequantise() - tuned) / np.linalg.norm(fresh.dequantise() - tuned)
@@ -62,7 +62,7 @@ def test_base_scale_that_would_clip_is_replaced() -> None:
     base = weights()
     tuned = base.copy()
     tuned[0, 5] = 1.0
-    kept = quantise_int4("w", tuned, quantise_int4("w", base).scales)
+    kept = quantise_blocks("w", tuned, quantise_blocks("w", base).scales)
     assert abs(kept.dequantise()[0, 5] - 1.0) < 0.2
 
 

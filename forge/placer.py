@@ -1,0 +1,48 @@
+"""Matrices on their way into weights.bin: quantised, or in float as trained."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from forge.graph import Matrix
+from forge.quantise import BlockMatrix, Float, Precision, quantise_blocks
+from forge.weights import Placed, WeightsWriter
+from wire.manifest import Dtype, Layout
+
+
+@dataclass(slots=True)
+class Placer:
+    """Places matrices in `precision`, on the scales of `base_scales` where they fit (see quantise_blocks)."""
+
+    writer: WeightsWriter
+    base_scales: Mapping[str, Float]
+    precision: Precision
+
+    def matrix(self, name: str, weights: Float) -> Matrix:
+        """A matrix [rows, columns] that is multiplied."""
+        rows, columns = weights.shape
+        if self.precision is Precision.FLOAT32:
+            dense = self.writer.add(f"{name}.weight", np.ascontiguousarray(weights.T), Layout.F32)
+            return Matrix(rows, columns, dense=dense)
+        scales = self.base_scales.get(f"{name}.scales")
+        return place_quantised(self.writer, name, quantise_blocks(name, weights, scales, bits=self.precision.bits))
+
+    def table(self, name: str, weights: Float) -> Matrix:
+        """A matrix [rows, columns] whose rows are looked up."""
+        if self.precision is not Precision.FLOAT32:
+            return self.matrix(name, weights)
+        rows, columns = weights.shape
+        return Matrix(rows, columns, dense=self.vector(f"{name}.weight", weights))
+
+    def vector(self, name: str, values: Float) -> Placed:
+        """Values of any shape that stay in float."""
+        return self.writer.add(name, values, Layout.F32)
+
+
+def place_quantised(writer: WeightsWriter, name: str, matrix: BlockMatrix) -> Matrix:
+    """Place a quantised matrix as two tensors, `name`.packed and `name`.scales."""
+    dtype = Dtype.U4 if matrix.bits == 4 else Dtype.U8
+    packed = writer.add(f"{name}.packed", matrix.packed, Layout.BYTES, dtype=dtype, shape=matrix.shape)
+    scales = writer.add(f"{name}.scales", matrix.scales, Layout.F32_BF16_GRID)
+    return Matrix(*matrix.shape, bits=matrix.bits, packed=packed, scales=scales)

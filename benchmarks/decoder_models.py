@@ -20,7 +20,7 @@ from codec.versions import VERSION_FILE, read_version
 from forge.build import build_version
 from forge.cache_scales import Int8Cache
 from wire.digest import digest_of
-from wire.manifest import VersionDocument
+from wire.manifest import DecoderConfig, VersionDocument
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "tales-5m-base"
@@ -43,6 +43,12 @@ class Decoder:
     checkpoint: Path
     directory: Path
     version: VersionDocument
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Its sizes."""
+        assert isinstance(self.version.config, DecoderConfig)
+        return self.version.config
 
 
 def smollm(cache: Int8Cache | None = None) -> Decoder:

@@ -87,8 +87,8 @@ class Ours:
         from runtime.slab import Shape
 
         options = probed_options(decoder, threads)
-        shape = Shape(1, min(CONTEXT_TOKENS, decoder.version.config.context_tokens))
-        self._model = Model(decoder.directory, decoder.version.config, shape, options)
+        shape = Shape(1, min(CONTEXT_TOKENS, decoder.config.context_tokens))
+        self._model = Model(decoder.directory, decoder.config, shape, options)
         self._last = self._length = 0
         self.tell = options.model_dump_json()
 
@@ -127,10 +127,10 @@ class Llama:
         if not model:
             raise PeerAbsent("llama.cpp does not load the GGUF")
         settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = min(CONTEXT_TOKENS, decoder.version.config.context_tokens)
+        settings.n_ctx = settings.n_batch = min(CONTEXT_TOKENS, decoder.config.context_tokens)
         settings.n_threads = settings.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(model, settings)
-        self._vocab_size = decoder.version.config.vocab_size
+        self._vocab_size = decoder.config.vocab_size
         self.tell = llama_cpp.llama_print_system_info().decode()
 
     def prefill(self, tokens: Sequence[int]) -> None:
@@ -162,7 +162,7 @@ class Genai:
         from benchmarks.genai_model import genai_of
 
         self._api = onnxruntime_genai
-        self._capacity = min(CONTEXT_TOKENS, decoder.version.config.context_tokens)
+        self._capacity = min(CONTEXT_TOKENS, decoder.config.context_tokens)
         self._model = onnxruntime_genai.Model(str(genai_of(decoder, threads)))
         self._generator: Any = None
         self.tell = onnxruntime_genai.__version__

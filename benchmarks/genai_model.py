@@ -28,7 +28,7 @@ def genai_of(decoder: Decoder, threads: int) -> Path:
             if entry.path.endswith(".bin") and not (out / entry.path).exists():
                 os.link(decoder.directory / entry.path, out / entry.path)
         model = onnx.load(str(decoder.directory / "model.onnx"), load_external_data=False)
-        _ask_by_mask(model, decoder.version.config.vocab_size)
+        _ask_by_mask(model, decoder.config.vocab_size)
         _part_gate_and_up(model.graph)
         graph.write_bytes(model.SerializeToString())
     (out / "genai_config.json").write_text(json.dumps(_config(decoder, threads)))

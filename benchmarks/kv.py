@@ -35,14 +35,14 @@ def _speed() -> list[Row]:
     decoders = {INT8: smollm(Int8Cache()), FLOAT: smollm()}
     options = ExecutionOptions(threads=allowed_threads())
     shape = Shape(STREAMS, CAPACITY)
-    models = {n: Model(d.directory, d.version.config, shape, options) for n, d in decoders.items()}
+    models = {n: Model(d.directory, d.config, shape, options) for n, d in decoders.items()}
     for model in models.values():
         for start in range(0, LENGTHS[-1], PREFILL_TOKENS):
             model.prefill(0, [token % 4000 + 3 for token in range(start, start + PREFILL_TOKENS)], start)
         for slot in range(1, STREAMS):
             model.slab.move(0, slot, LENGTHS[-1])
     name = f"smollm-135m, {options.threads} threads"
-    sizes = {n: token_bytes(d.version.config) for n, d in decoders.items()}
+    sizes = {n: token_bytes(d.config) for n, d in decoders.items()}
     rows = [row(f"{name}: bytes of a token", "B", exact(sizes[INT8]), None, (FLOAT, exact(sizes[FLOAT])))]
     for streams, length in [*((1, length) for length in LENGTHS), (STREAMS, LENGTHS[0]), (STREAMS, LENGTHS[-1])]:
         found = measure({n: _decoding(model, streams, length) for n, model in models.items()})
@@ -88,7 +88,7 @@ def _quality() -> list[Row]:
 
 def _memory() -> list[Row]:
     """What a few tokens in every slot commit, beside a slab as numpy makes it, and how long giving back takes."""
-    config = smollm().version.config
+    config = smollm().config
     slab = Slab(config, Shape(SLOTS, CONTEXT))
     ours = _committed(slab.parts(0, SLOTS))
     shape = (2 * config.layers, SLOTS, config.kv_heads, CONTEXT, config.head_size)

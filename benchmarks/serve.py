@@ -175,7 +175,7 @@ def _theirs(decoder: Decoder, threads: int) -> Iterator[Server]:
         raise PeerAbsent("llama-server was not built; run this by scripts/bench, which needs cmake and a C++ compiler")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = int(free.getsockname()[1])
-    context = min(CONTEXT_TOKENS, decoder.version.config.context_tokens)
+    context = min(CONTEXT_TOKENS, decoder.config.context_tokens)
     command = [
         str(SERVER), "-m", str(gguf_of(decoder)), "--host", "127.0.0.1", "--port", str(port), "-t", str(threads), "-tb",
         str(threads), "-np", str(STREAMS), "-c", str(STREAMS * context), "--offline",

@@ -13,7 +13,7 @@ from forge.progress import Progress, silent
 from forge.quantise import Float
 from forge.reference import Judge, float_cache_judge, shipped_judge, twin_judge
 from wire.errors import ConfigError
-from wire.manifest import Dtype
+from wire.manifest import DecoderConfig, Dtype
 
 WINDOWS_LIMIT_BYTES = 16 * 1024 * 1024
 Double = NDArray[np.float64]
@@ -77,7 +77,7 @@ def evaluate_version(directory: Path, windows: Path, limit: int, progress: Progr
     chosen = read_windows(windows)[:limit]
     shipped = shipped_judge(directory, version)
     others = {"float_twin": (twin_judge(directory, version), "", _Compared())}
-    if version.config.kv_cache is not Dtype.F32:
+    if isinstance(version.config, DecoderConfig) and version.config.kv_cache is not Dtype.F32:
         others["float_cache"] = (float_cache_judge(directory, version), "_of_cache", _Compared())
     losses: list[Double] = []
     for number, window in enumerate(chosen):

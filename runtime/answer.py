@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from runtime.generation import End, Event, Generation, Reason
-from runtime.loading import Loaded
+from runtime.loaded import LoadedDecoder
 from runtime.registry import Registry
 from runtime.sampling import Sampling
 from runtime.text import Message
@@ -44,7 +44,7 @@ class Answer:
 
     def __init__(self, registry: Registry, wanted: Wanted, timeout_s: float) -> None:
         self._registry, self.wanted, self._timeout_s = registry, wanted, timeout_s
-        self.version: Loaded
+        self.version: LoadedDecoder
         """Known once entered."""
         self._inbox: deque[Event] = deque()
         self._wake = asyncio.Event()
@@ -58,7 +58,7 @@ class Answer:
 
     async def __aenter__(self) -> Self:
         """Hold the version, tokenise and queue; raises InferenceError when the request cannot be taken."""
-        self.version = self._registry.acquire(self.wanted.model)
+        self.version = self._registry.acquire(self.wanted.model, LoadedDecoder)
         try:
             self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._expire)
             tokens = await self._tokens() or self._beginning()
@@ -149,12 +149,12 @@ class Answer:
     def _ends(self) -> frozenset[int]:
         """Tokens that end the answer. A stop string that is a special token's name is one: it never becomes text."""
         named = map(self.version.text.vocabulary.special, self.wanted.stops)
-        ends = () if self.wanted.ignore_eos else self.version.document.config.eos_token_ids
+        ends = () if self.wanted.ignore_eos else self.version.config.eos_token_ids
         return frozenset([*ends, *(token for token in named if token is not None)])
 
     def _beginning(self) -> list[int]:
         """What stands for an empty prompt."""
-        token = self.version.document.config.bos_token_id
+        token = self.version.config.bos_token_id
         if token is None:
             raise InferenceError(Code.BAD_REQUEST, "the prompt is empty; send some text", 400)
         return [token]

@@ -1,4 +1,4 @@
-"""The public socket: OpenAI's chat completions, completions and models; health; metrics; Open Inference Protocol v2.
+"""The public socket: OpenAI's API, health, metrics, Open Inference Protocol v2.
 
 A request keeps the version that it began on until it ends, and `system_fingerprint` names it. Streams are server-sent
 events: the role comes first, `finish_reason` last, then the usage when it was asked for, then [DONE].
@@ -20,8 +20,9 @@ from starlette.types import Receive, Scope, Send
 
 from runtime.answer import Answer, Wanted
 from runtime.bodies import ChatRequest, CompletionRequest, parse_body
+from runtime.embedding import embeddings
 from runtime.http import EXCEPTION_HANDLERS, encode_json, error_content, json_response, read_body, watch_client
-from runtime.loading import Loaded
+from runtime.loaded import Loaded
 from runtime.logprobs import chat_logprobs, completion_logprobs
 from runtime.metrics import render_metrics
 from runtime.registry import Registry
@@ -74,6 +75,7 @@ def make_api(registry: Registry, settings: RuntimeSettings) -> Starlette:
         routes=[
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/embeddings", embeddings, methods=["POST"]),
             Route("/v1/models", models),
             Route("/v1/models/{model}", one_model),
             Route("/health", health),
@@ -244,7 +246,7 @@ async def model_ready(request: Request) -> Response:
 def _serving(request: Request) -> Loaded:
     """The version that takes requests for the model of the path; raises InferenceError as a request for it would."""
     registry: Registry = request.app.state.registry
-    version = registry.acquire(request.path_params["model"])
+    version = registry.acquire(request.path_params["model"], Loaded)
     registry.release(version)
     return version
 

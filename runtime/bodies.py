@@ -1,7 +1,7 @@
 """Bodies of the OpenAI API as this server understands them, strict and bounded.
 
 A field that would change the answer and is not supported is refused, never ignored; fields that change nothing
-(`user`, `metadata`, `store`) are taken. Names and meanings: OpenAI API reference, chat and completions.
+(`user`, `metadata`, `store`) are taken. Names and meanings: OpenAI API reference, chat, completions and embeddings.
 """
 
 from typing import Annotated, ClassVar, Literal, Self, TypeVar
@@ -12,6 +12,8 @@ from runtime.sampling import Sampling
 from wire.errors import Code, InferenceError
 
 TEXT_LIMIT = 2_000_000
+INPUTS_LIMIT = 2048
+"""Texts of one request for embeddings, as OpenAI has it."""
 Content = Annotated[str, Field(max_length=TEXT_LIMIT)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 BIASES = 1024
@@ -157,6 +159,25 @@ class CompletionRequest(_Request):
     def wanted_logprobs(self) -> int | None:
         """As ChatRequest.wanted_logprobs."""
         return self.logprobs
+
+
+Token = Annotated[int, Field(ge=0, le=1 << 31)]
+Tokens = Annotated[tuple[Token, ...], Field(min_length=1, max_length=1 << 16)]
+
+
+class EmbeddingRequest(_Body):
+    """Body of POST /v1/embeddings. An input of numbers is tokens, which are taken as they are."""
+
+    model: Annotated[str, Field(min_length=1, max_length=200)]
+    input: (
+        Content
+        | Annotated[tuple[Content, ...], Field(min_length=1, max_length=INPUTS_LIMIT)]
+        | Tokens
+        | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=INPUTS_LIMIT)]
+    )
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
 
 
 Body = TypeVar("Body", bound=BaseModel)

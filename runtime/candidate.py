@@ -7,7 +7,6 @@ packed weights of a candidate that passed.
 """
 
 import os
-import platform
 import resource
 import statistics
 import time
@@ -17,16 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.cpu import allowed_threads, detect_cpu
-from runtime.golden import Judgement, judge_model, read_golden, run_prompt
+from runtime.golden import Judgement
 from runtime.memory import resident_share
-from runtime.model import FLOAT_ACTIVATIONS, PREFILL_TOKENS, WIDE_TOKENS, Model
 from runtime.prepack import PrepackCache, PrepackKey
 from runtime.session import ONNXRUNTIME
-from runtime.slab import Shape
-from runtime.text import Text
+from runtime.subject import Subject, Way, check_text, load_subject
 from runtime.version import open_version, weights_bytes
-from wire.errors import AmperageError, Code, DeployError
-from wire.golden import GoldenSet
+from wire.errors import AmperageError
 from wire.manifest import VersionDocument
 from wire.serving import ExecutionOptions, ProbeReport, ProbeVerdict
 
@@ -34,8 +30,6 @@ GIB = 1 << 30
 PACKING_FACTOR = 8
 """Address space per byte of weights: the map, the packed copy, its making, and the arena's doubling, twice over."""
 THREAD_BYTES = 16 << 20
-MEASURED_TOKENS = 24
-MEASURED_PROMPT_TOKENS = 2 * PREFILL_TOKENS
 ROUNDS_LIMIT = 9
 MEASURE_BUDGET_S = 2.0
 QUICK_LOAD_S = 3.0
@@ -62,35 +56,6 @@ class Orders:
     """Whether prompts may have a session of their own, which packs the weights once more."""
     cache: Path | None = None
     """Where packed weights go; None: they stay on the heap."""
-
-
-@dataclass(slots=True)
-class _Subject:
-    """A version under measurement."""
-
-    directory: Path
-    document: VersionDocument
-    golden: GoldenSet
-    options: ExecutionOptions
-    model: Model
-
-    def tokens_per_s(self) -> float:
-        """Speed of one stream after a golden prompt."""
-        prompt = list(max(self.golden.vectors, key=lambda vector: len(vector.input_ids)).input_ids)
-        token = int(run_prompt(self.model, prompt)[-1].argmax())
-        began_s = time.perf_counter()
-        for step in range(MEASURED_TOKENS):
-            token = int(self.model.decode([token], [len(prompt) + step])[0].argmax())
-        return MEASURED_TOKENS / (time.perf_counter() - began_s)
-
-    def read_tokens_per_s(self) -> float:
-        """Speed of reading a prompt of two chunks, whatever it says."""
-        count = min(MEASURED_PROMPT_TOKENS, self.model.shape.capacity - 1)
-        prompt = ([token for vector in self.golden.vectors for token in vector.input_ids] * count)[:count]
-        began_s = time.perf_counter()
-        for start in range(0, count, PREFILL_TOKENS):
-            self.model.prefill(0, prompt[start : start + PREFILL_TOKENS], start)
-        return count / (time.perf_counter() - began_s)
 
 
 def probe_candidate(orders: Orders) -> ProbeReport:
@@ -128,19 +93,17 @@ def peak_rss() -> int | None:
 def _probe(orders: Orders) -> ProbeReport:
     threads = allowed_threads(orders.threads)
     document, _ = open_version(orders.candidate, _digest_name(orders.candidate))
-    golden = read_golden(orders.candidate, document.config.vocab_size)
     confine(orders.memory_bytes or _memory_bound(orders, document, threads))
     began_s = time.perf_counter()
-    _check_text(orders.candidate, document)
-    options = ExecutionOptions(threads=threads)
-    candidate = _subject(orders.candidate, document, golden, options)
+    check_text(orders.candidate, document)
+    candidate = load_subject(orders.candidate, document, ExecutionOptions(threads=threads))
     load_s = time.perf_counter() - began_s
-    judged = judge_model(candidate.model, golden)
+    judged = candidate.judge()
     if judged.fault:
         return _report(ProbeVerdict.GOLDEN_MISMATCH, judged, load_s)
     if load_s < QUICK_LOAD_S:
         candidate = _best_reading(_best(candidate), apart=orders.reading_session)
-        judged = judge_model(candidate.model, golden)
+        judged = candidate.judge()
         if judged.fault:
             return _report(ProbeVerdict.GOLDEN_MISMATCH, judged, load_s)
     candidate, kept = _packed(orders, candidate)
@@ -151,14 +114,6 @@ def _probe(orders: Orders) -> ProbeReport:
     )
 
 
-def _check_text(directory: Path, document: VersionDocument) -> None:
-    """A template that never ends must do so here, where there is a time-out, and not in the server."""
-    text = Text(directory, document.config)
-    tokens = text.encode(text.render([{"role": "user", "content": "Good evening"}]), special=True)
-    if max(tokens, default=0) >= document.config.vocab_size:
-        raise DeployError(Code.LOAD_FAILED, "the tokenizer has words that the model has not; build the version again")
-
-
 def _report(verdict: ProbeVerdict, judged: Judgement, load_s: float) -> ProbeReport:
     return ProbeReport(
         verdict=verdict, detail=judged.fault, golden_rows=judged.rows, golden_error=judged.worst_error,
@@ -166,60 +121,44 @@ def _report(verdict: ProbeVerdict, judged: Judgement, load_s: float) -> ProbeRep
     )  # fmt: skip
 
 
-def _subject(
-    directory: Path, document: VersionDocument, golden: GoldenSet, options: ExecutionOptions, packed: Path | None = None
-) -> _Subject:
-    capacity = max(len(vector.input_ids) for vector in golden.vectors) + MEASURED_TOKENS + 1
-    if capacity > document.config.context_tokens:
-        raise DeployError(Code.LOAD_FAILED, "a golden prompt is as long as the context; build the version again")
-    capacity = min(document.config.context_tokens, max(capacity, MEASURED_PROMPT_TOKENS + 1))
-    model = Model(directory, document.config, Shape(1, capacity), options, packed)
-    return _Subject(directory, document, golden, options, model)
-
-
-def _incumbent(orders: Orders, options: ExecutionOptions) -> _Subject | None:
+def _incumbent(orders: Orders, options: ExecutionOptions) -> Subject | None:
     """The version that serves, to be measured under the same conditions; what is wrong with it is not judged here."""
     if orders.incumbent is None:
         return None
     try:
         document, _ = open_version(orders.incumbent)
-        golden = read_golden(orders.incumbent, document.config.vocab_size)
-        return _subject(orders.incumbent, document, golden, options)
+        return load_subject(orders.incumbent, document, options)
     except (AmperageError, MemoryError):
         return None
 
 
-def _best(first: _Subject) -> _Subject:
+def _best(first: Subject) -> Subject:
     """The fastest of a few ways to decode; the plain one unless another wins clearly."""
-    ways: list[dict[str, object]] = [{"spinning": True}, {"threads": 1}] if first.options.threads > 1 else []
+    ways: list[Way] = [{"spinning": True}, {"threads": 1}] if first.options.threads > 1 else []
     best = first
     for way in ways:
         best = _winner(best, first.options.model_copy(update=way), lambda subject: subject.tokens_per_s)
     return best
 
 
-def _best_reading(best: _Subject, *, apart: bool) -> _Subject:
-    """The fastest of a few ways to read prompts: with the other attention, and, when it may stand `apart`, by a session
-    with other kernels where this CPU has such."""
-    ways: list[dict[str, object]] = [{"flash_attention": False}]
-    if apart and best.model.shape.capacity > WIDE_TOKENS and platform.machine() == "x86_64":
-        ways.append({"reading_config": FLOAT_ACTIVATIONS})
-    for way in ways:
+def _best_reading(best: Subject, *, apart: bool) -> Subject:
+    """The fastest of a few ways to read prompts."""
+    for way in best.reading_ways(apart=apart):
         best = _winner(best, best.options.model_copy(update=way), lambda subject: subject.read_tokens_per_s)
     return best
 
 
-def _winner(best: _Subject, options: ExecutionOptions, figure: Callable[[_Subject], Callable[[], float]]) -> _Subject:
+def _winner(best: Subject, options: ExecutionOptions, figure: Callable[[Subject], Callable[[], float]]) -> Subject:
     """`best`, or the same version with `options` when its figure is clearly higher; the other is closed."""
-    other = _subject(best.directory, best.document, best.golden, options)
+    other = best.again(options)
     mine, others = _race(figure(best), figure(other))
     if mine is not None and others is not None and others > mine * BETTER_BY:
         best, other = other, best
-    other.model.close()
+    other.close()
     return best
 
 
-def _packed(orders: Orders, candidate: _Subject) -> tuple[_Subject, dict[str, object]]:
+def _packed(orders: Orders, candidate: Subject) -> tuple[Subject, dict[str, object]]:
     """The candidate over packed weights in files and what the report says of them; as it was where that cannot be.
 
     They get their name only after the golden vectors passed from them, and from them indeed: onnxruntime packs onto the
@@ -231,17 +170,17 @@ def _packed(orders: Orders, candidate: _Subject) -> tuple[_Subject, dict[str, ob
     key = PrepackKey.of(document.decoded_digest(), str(detect_cpu()), ONNXRUNTIME, options)
     try:
         with PrepackCache(orders.cache).draft(key, directory, options, weights_bytes(document)) as draft:
-            mapped = _subject(directory, document, candidate.golden, options, draft.directory)
-            fault = judge_model(mapped.model, mapped.golden).fault
+            mapped = candidate.again(options, draft.directory)
+            fault = mapped.judge().fault
             if not fault and resident_share(draft.directory.resolve()) < USED_SHARE:
                 fault = "the kernels of this onnxruntime do not read packed weights from files"
             if fault:
-                mapped.model.close()
+                mapped.close()
                 return candidate, {"prepack_detail": fault}
             digest = draft.commit()
     except (AmperageError, MemoryError) as error:
         return candidate, {"prepack_detail": str(error)[:2000]}
-    candidate.model.close()
+    candidate.close()
     return mapped, {"prepack": digest, "prepack_bytes": draft.size_bytes}
 
 

@@ -1,47 +1,76 @@
 """Judging a loaded model by the golden vectors of its version (wire/golden.py).
 
-Every way to serve is judged: a prompt as chunks of prefill, by each session that may read it, and its last token once
-more as a decode step, because onnxruntime has different kernels for them.
+Every way to serve is judged, because onnxruntime has different kernels for them: a prompt as chunks of prefill, by each
+session that may read it, and its last token once more as a decode step; a text alone, and all texts as one batch.
 """
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from host.files import read_bounded
+from runtime.encoder import Encoder
 from runtime.model import PREFILL_TOKENS, Float, Model
 from wire.documents import parse_document
 from wire.errors import ArtifactError, Code, StoreError
-from wire.golden import GOLDEN_FILE, GOLDEN_LIMIT_BYTES, GoldenSet, GoldenVector
+from wire.golden import (
+    GOLDEN_FILE,
+    GOLDEN_LIMIT_BYTES,
+    EmbeddingSet,
+    EmbeddingVector,
+    GoldenSet,
+    GoldenVector,
+)
+from wire.manifest import EncoderConfig
+
+Golden = TypeVar("Golden", GoldenSet, EmbeddingSet)
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What the golden vectors say; `worst_error` is None when a logit was not finite."""
+    """What the golden vectors say; `worst_error` is None when a logit or an embedding was not finite."""
 
     rows: int
     worst_error: float | None
     tolerance: float
-    top1_agreement: float
+    top1_agreement: float | None
+    """None of an encoder."""
     fault: str
     """Why the model is refused, empty when it is right."""
 
 
 def read_golden(directory: Path, vocab_size: int) -> GoldenSet:
-    """`golden.json` of a version; raises ArtifactError, StoreError."""
+    """`golden.json` of a decoder; raises ArtifactError, StoreError."""
     path = directory / GOLDEN_FILE
-    try:
-        data = read_bounded(path, GOLDEN_LIMIT_BYTES)
-    except FileNotFoundError as error:
-        raise StoreError(Code.CORRUPT, f"{path} is missing; build the version again with golden vectors") from error
-    golden = parse_document(GoldenSet, data, limit_bytes=GOLDEN_LIMIT_BYTES)
+    golden = _parse(GoldenSet, path)
     for vector in golden.vectors:
         numbers = (*vector.input_ids, *vector.columns, vector.argmax)
         if len(vector.columns) != len(vector.logits) or not 0 <= min(numbers) <= max(numbers) < vocab_size:
             raise ArtifactError(Code.CORRUPT, f"{path} does not fit the model's vocabulary; build the version again")
     return golden
+
+
+def read_embeddings(directory: Path, config: EncoderConfig) -> EmbeddingSet:
+    """`golden.json` of an encoder; raises ArtifactError, StoreError."""
+    path = directory / GOLDEN_FILE
+    golden = _parse(EmbeddingSet, path)
+    for vector in golden.vectors:
+        known = 0 <= min(vector.input_ids) <= max(vector.input_ids) < config.vocab_size
+        if not known or len(vector.input_ids) > config.max_tokens or len(vector.embedding) != config.dimensions:
+            raise ArtifactError(Code.CORRUPT, f"{path} does not fit the model; build the version again")
+    return golden
+
+
+def judge_encoder(encoder: Encoder, golden: EmbeddingSet) -> Judgement:
+    """Encode every golden text alone, and all of them together."""
+    texts = [vector.input_ids for vector in golden.vectors]
+    found = [*(encoder.encode([text])[0] for text in texts), *encoder.encode(texts)]
+    errors = [_distance(vector, row) for vector, row in zip(golden.vectors * 2, found, strict=True)]
+    worst = max(errors) if all(math.isfinite(error) for error in errors) else None
+    return Judgement(len(texts), worst, golden.tolerance, None, _fault(worst, golden.tolerance))
 
 
 def judge_model(model: Model, golden: GoldenSet) -> Judgement:
@@ -55,9 +84,10 @@ def judge_model(model: Model, golden: GoldenSet) -> Judgement:
     finite = all(math.isfinite(error) for error in errors)
     worst = max(errors) if finite else None
     agreement = agreed / len(golden.vectors)
-    return Judgement(
-        len(golden.vectors), worst, golden.tolerance, agreement, _fault(worst, agreement, golden)
-    )  # fmt: skip
+    fault = _fault(worst, golden.tolerance)
+    if not fault and agreement < golden.min_top1_agreement:
+        fault = f"top-1 agreement {agreement:.2f} is below {golden.min_top1_agreement:g}"
+    return Judgement(len(golden.vectors), worst, golden.tolerance, agreement, fault)
 
 
 def run_prompt(model: Model, tokens: list[int]) -> list[Float]:
@@ -70,6 +100,20 @@ def run_prompt(model: Model, tokens: list[int]) -> list[Float]:
     return [*rows, model.decode([tokens[-1]], [len(tokens) - 1])[0].copy()]
 
 
+def _parse(kind: type[Golden], path: Path) -> Golden:
+    try:
+        data = read_bounded(path, GOLDEN_LIMIT_BYTES)
+    except FileNotFoundError as error:
+        raise StoreError(Code.CORRUPT, f"{path} is missing; build the version again with golden vectors") from error
+    return parse_document(kind, data, limit_bytes=GOLDEN_LIMIT_BYTES)
+
+
+def _distance(vector: EmbeddingVector, row: Float) -> float:
+    """As wire/golden.py defines it; not finite when any number of the row is not."""
+    expected = np.asarray(vector.embedding)
+    return float(np.sum(np.square(row.astype(np.float64) - expected)) / (2 * np.sum(np.square(expected))))
+
+
 def _row_error(vector: GoldenVector, row: Float) -> float:
     """RMS difference as a share of the reference's deviation; not finite when any logit of the row is not."""
     if not np.isfinite(row).all():
@@ -78,11 +122,9 @@ def _row_error(vector: GoldenVector, row: Float) -> float:
     return float(np.sqrt(np.mean(np.square(difference))) / vector.deviation)
 
 
-def _fault(worst: float | None, agreement: float, golden: GoldenSet) -> str:
+def _fault(worst: float | None, tolerance: float) -> str:
     if worst is None:
-        return "a logit of the golden vectors is not finite"
-    if worst > golden.tolerance:
-        return f"golden error {worst:.3f} is over the tolerance of {golden.tolerance:g}"
-    if agreement < golden.min_top1_agreement:
-        return f"top-1 agreement {agreement:.2f} is below {golden.min_top1_agreement:g}"
+        return "a number of the golden vectors is not finite"
+    if worst > tolerance:
+        return f"golden error {worst:.3g} is over the tolerance of {tolerance:g}"
     return ""

@@ -4,58 +4,52 @@ Runs on worker threads, one load at a time. Invariant: what cannot run as the en
 why it is to be probed again; what is not whole does not run at all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 import structlog
 
+from runtime.batcher import Batcher, Limits
 from runtime.budget import LOADED_BYTES_PER_WEIGHT_BYTE, Room, Sharing, available_bytes, plan_slab
-from runtime.cores import confined, core_groups, group_threads, own_cores
-from runtime.cpu import detect_cpu
+from runtime.cores import Cores, confined, core_groups, group_threads, own_cores
+from runtime.encoder import Encoder
 from runtime.engine import Engine
-from runtime.generation import Deliveries
+from runtime.loaded import Loaded, LoadedDecoder, LoadedEncoder, foreign
 from runtime.model import Model
 from runtime.prepack import PrepackCache, load_model
 from runtime.replicas import Replicas
-from runtime.session import ONNXRUNTIME
 from runtime.settings import RuntimeSettings
 from runtime.slab import Shape
 from runtime.speculation import Speculation
 from runtime.stats import Stats
 from runtime.text import Text
 from runtime.version import TOKENIZER_FILE, file_digest, open_version, weights_bytes
-from wire.manifest import VersionDocument
-from wire.serving import Serving, ServingModel
+from wire.manifest import DecoderConfig, EncoderConfig, VersionDocument
+from wire.serving import ExecutionOptions, Serving, ServingModel
 
 _log = structlog.get_logger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class Loaded:
-    """One version in memory. `users` counts requests that hold it."""
+Deliver = Callable[[Sequence[tuple[Any, Any]]], None]
+"""Takes what happened to requests, in order: pairs of a request, whose `sink` is called, and its event."""
+
+Made = TypeVar("Made", Model, Encoder)
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What is to be loaded."""
 
     entry: ServingModel
     document: VersionDocument
+    directory: Path
     text: Text
-    engine: Replicas
-    capacity: int
-    packed: bool
-    """Its weights are mapped from the prepack cache."""
-    stale: str
-    """Why it does not run as `entry` says, empty when it does."""
-    users: int = 0
-    replaced: bool = False
-
-    @property
-    def fingerprint(self) -> str:
-        """`system_fingerprint` of its answers."""
-        return f"amperage-{self.entry.decoded[:12]}"
-
-    def runs_as(self, entry: ServingModel) -> bool:
-        """True when loading `entry` would change nothing; a cache that could not be used may be there again."""
-        mine, other = ((e.decoded, e.options, e.prepack, e.cpu, e.onnxruntime) for e in (self.entry, entry))
-        return mine == other and (self.packed or entry.prepack is None or bool(_foreign(entry)))
+    deliver: Deliver
+    groups: list[Cores]
+    """Each gets a replica."""
 
 
 class Loader:
@@ -65,9 +59,7 @@ class Loader:
         self._settings = settings
         self._cache = PrepackCache(settings.cache) if settings.cache is not None else None
 
-    def load(
-        self, entry: ServingModel, deliver: Callable[[Deliveries], None], old: Loaded | None, sharing: Sharing
-    ) -> Loaded:
+    def load(self, entry: ServingModel, deliver: Deliver, old: Loaded | None, sharing: Sharing) -> Loaded:
         """Check, load and warm up one version, a replica in each group of cores; blocks.
 
         `old` is the version that it follows, whose tokenizer is taken over when it is the same. Raises ArtifactError,
@@ -76,51 +68,85 @@ class Loader:
         directory = self._settings.store / "versions" / entry.decoded
         groups = core_groups(self._settings.core_groups, own_cores())
         document, _ = open_version(directory, entry.decoded)
-        shape = self._shape(len(groups), entry, document, sharing)
         same = old is not None and file_digest(old.document, TOKENIZER_FILE) == file_digest(document, TOKENIZER_FILE)
         text = Text(directory, document.config, shared=old.text if old and same else None)
-        stale = _foreign(entry)
-        stats, max_queue = Stats(), self._settings.max_queue
+        order = _Order(entry, document, directory, text, deliver, groups)
+        if isinstance(document.config, EncoderConfig):
+            loaded: Loaded = self._encoder(order, document.config)
+        else:
+            loaded = self._decoder(order, document.config, sharing)
+        _log.info("model loaded", model=entry.model, decoded=entry.decoded, packed=loaded.packed)
+        if loaded.stale:
+            why = loaded.stale
+            _log.warning("model does not run as it was proved; it is to be probed again", model=entry.model, why=why)
+        return loaded
+
+    def _decoder(self, order: _Order, config: DecoderConfig, sharing: Sharing) -> LoadedDecoder:
+        entry, stats, max_queue = order.entry, Stats(), self._settings.max_queue
+        shape = self._shape(len(order.groups), entry, order.document, config, sharing)
         engines: list[Engine] = []
+
+        def start(model: Model) -> None:
+            speculation = Speculation() if self._settings.speculation else None
+            engines.append(
+                Engine(entry.model, model, stats, max_queue=max_queue, deliver=order.deliver, speculation=speculation)
+            )
+
         try:
-            for group in groups:
-                threads = min(entry.options.threads, group_threads(self._settings.threads, group, len(groups)))
-                options = entry.options.model_copy(update={"threads": threads})
-                build = partial(Model, directory, document.config, shape, options)
-                with confined(group):
-                    model, stale = load_model(self._cache, entry, stale, build)
-                    speculation = Speculation() if self._settings.speculation else None
-                    engines.append(
-                        Engine(entry.model, model, stats, max_queue=max_queue, deliver=deliver, speculation=speculation)
-                    )
+            stale = self._start(order, partial(Model, order.directory, config, shape), start)
         except BaseException:
             Replicas(engines, stats).close()
             raise
-        packed = entry.prepack is not None and not stale
-        _log.info("model loaded", model=entry.model, decoded=entry.decoded, packed=packed)
-        if stale:
-            _log.warning("model does not run as it was proved; it is to be probed again", model=entry.model, why=stale)
-        return Loaded(entry, document, text, Replicas(engines, stats), shape.capacity, packed, stale)
+        return LoadedDecoder(
+            entry=entry, document=order.document, text=order.text, config=config, engine=Replicas(engines, stats),
+            capacity=shape.capacity, packed=entry.prepack is not None and not stale, stale=stale,
+        )  # fmt: skip
+
+    def _encoder(self, order: _Order, config: EncoderConfig) -> LoadedEncoder:
+        entry, settings = order.entry, self._settings
+        limits = Limits(
+            settings.encoder_batch_tokens, settings.max_queue, settings.encoder_queue_tokens, settings.encoder_wait_s
+        )
+        batcher = Batcher(entry.model, config, Stats(), limits, order.deliver)
+        try:
+            stale = self._start(order, partial(Encoder, order.directory, config), batcher.start)
+        except BaseException:
+            batcher.close()
+            raise
+        return LoadedEncoder(
+            entry=entry, document=order.document, text=order.text, config=config, engine=batcher,
+            capacity=config.max_tokens, packed=entry.prepack is not None and not stale, stale=stale,
+        )  # fmt: skip
+
+    def _start(
+        self, order: _Order, make: Callable[[ExecutionOptions, Path | None], Made], start: Callable[[Made], None]
+    ) -> str:
+        """Make, warm up and start a replica in each group of cores, where its threads and memory stay; returns why they
+        do not run as the entry says, or nothing.
+        """
+        entry, groups = order.entry, order.groups
+        stale = foreign(entry)
+        for group in groups:
+            threads = min(entry.options.threads, group_threads(self._settings.threads, group, len(groups)))
+            options = entry.options.model_copy(update={"threads": threads})
+            with confined(group):
+                model, stale = load_model(self._cache, entry, stale, partial(make, options))
+                start(model)
+        return stale
 
     def sweep(self, serving: Serving) -> tuple[str, ...]:
         """Remove prepack caches that no version needs; returns what was removed. Raises StoreError."""
         return self._cache.sweep(self._settings.store, serving) if self._cache is not None else ()
 
-    def _shape(self, replicas: int, entry: ServingModel, document: VersionDocument, sharing: Sharing) -> Shape:
+    def _shape(  # each bounds the memory
+        self, replicas: int, entry: ServingModel, document: VersionDocument, config: DecoderConfig, sharing: Sharing
+    ) -> Shape:
         """The slab of one of `replicas`, which share the budget of the model."""
         sessions = replicas * (1 if entry.options.reading_config is None else 2)
         weights = int(sessions * LOADED_BYTES_PER_WEIGHT_BYTE * weights_bytes(document))
         budgets = ("kv_cache_bytes", "prefix_cache_bytes")
         each = self._settings.model_copy(update={name: getattr(self._settings, name) // replicas for name in budgets})
         sharing = replace(sharing, to_come=(1 + sharing.to_come) * replicas - 1)
-        shape, arithmetic = plan_slab(document.config, each, Room(*available_bytes(), weights, sharing))
+        shape, arithmetic = plan_slab(config, each, Room(*available_bytes(), weights, sharing))
         _log.info("memory for keys and values", model=entry.model, replicas=replicas, arithmetic=arithmetic)
         return shape
-
-
-def _foreign(entry: ServingModel) -> str:
-    """Why options and cache of `entry` were chosen for something else than this; empty when they were not."""
-    here, there = (str(detect_cpu()), ONNXRUNTIME), (entry.cpu, entry.onnxruntime)
-    if here == there:
-        return ""
-    return "options were chosen for {} with onnxruntime {}, this is {} with {}".format(*there, *here)

@@ -7,23 +7,26 @@ serves untouched; a version that was replaced is closed when its last request ha
 
 import asyncio
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import structlog
 
 from host.files import read_bounded
 from runtime.budget import Sharing
 from runtime.cores import core_groups, own_cores
-from runtime.generation import Deliveries
-from runtime.loading import Loaded, Loader
+from runtime.loaded import Loaded
+from runtime.loading import Deliver, Loader
 from runtime.memory import trim_heap
 from runtime.settings import RuntimeSettings
 from wire.documents import parse_document
 from wire.errors import AmperageError, Code, InferenceError
 from wire.serving import ModelStats, Serving
+
+Kind = TypeVar("Kind", bound=Loaded)
 
 SERVING_FILE = "serving.json"
 SERVING_LIMIT_BYTES = 1 << 20
@@ -118,8 +121,10 @@ class Registry:
             if removed:
                 _log.info("prepack caches removed", caches=list(removed))
 
-    def acquire(self, model: str) -> Loaded:
-        """The version that takes new requests, held until `release`; raises InferenceError (404, 503)."""
+    def acquire(self, model: str, kind: type[Kind]) -> Kind:
+        """The version that takes new requests, held until `release`; raises InferenceError (404, 503, and 400 when it
+        is of another kind).
+        """
         place = self._places.get(model)
         if place is None or (place.current is None and not place.loading and place.error is None):
             if not self.started:
@@ -129,8 +134,13 @@ class Registry:
         if place.current is None:
             reason = f"does not load: {place.error}" if place.error else "is being loaded; ask again"
             raise InferenceError(Code.NOT_READY, f"{model} {reason}"[:1000], 503, retry_after_s=1.0)
-        place.current.users += 1
-        return place.current
+        version = place.current
+        if not isinstance(version, kind):
+            raise InferenceError(
+                Code.BAD_REQUEST, f"{model} answers {version.answers}; ask it there, or another model here", 400
+            )
+        version.users += 1
+        return version
 
     def release(self, version: Loaded) -> None:
         """A request that held `version` has ended."""
@@ -221,14 +231,14 @@ def read_serving(store: Path) -> Serving:
     return parse_document(Serving, data, limit_bytes=SERVING_LIMIT_BYTES)
 
 
-def delivery_to(loop: asyncio.AbstractEventLoop) -> Callable[[Deliveries], None]:
+def delivery_to(loop: asyncio.AbstractEventLoop) -> Deliver:
     """Hands a step's events to `loop` in one call, so that a step costs the engine's thread one wake-up."""
 
-    def dispatch(deliveries: Deliveries) -> None:
-        for generation, event in deliveries:
-            generation.sink(event)
+    def dispatch(deliveries: Sequence[tuple[Any, Any]]) -> None:
+        for request, event in deliveries:
+            request.sink(event)
 
-    def deliver(deliveries: Deliveries) -> None:
+    def deliver(deliveries: Sequence[tuple[Any, Any]]) -> None:
         with suppress(RuntimeError):  # the loop was closed: nobody waits for the events any more
             loop.call_soon_threadsafe(dispatch, deliveries)
 

@@ -38,6 +38,12 @@ class RuntimeSettings(Settings):
     speculation: bool = True
     """Whether an answer that repeats its prompt or itself may get several tokens in one step. What repeats nothing
     keeps its speed, and no answer's distribution changes."""
+    encoder_batch_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 256
+    """Tokens of texts that an encoder reads in one step; more gain little and make whoever comes meanwhile wait."""
+    encoder_queue_tokens: Annotated[int, Field(ge=1 << 10, le=1 << 24)] = 1 << 18
+    """Tokens of texts that may wait for an encoder, and that one request may have; more are refused with 429."""
+    encoder_wait_s: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How long a text may wait for others to be read with while the encoder is free."""
     request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0
     """From the last byte of a request to the last byte of its answer."""
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 20.0

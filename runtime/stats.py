@@ -28,13 +28,14 @@ class Snapshot:
     latency_p95_s: float | None
     first_token_p50_s: float | None
     tokens_per_s: float | None
-    """Tokens of all answers per second of decoding over the window: what the engine gives, however many ask."""
+    """Tokens of all answers per second of decoding over the window: what the engine gives, however many ask. Of an
+    encoder, tokens of texts per second of encoding."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
     latency_s: float
-    first_token_s: float
+    first_token_s: float | None
     decoded_tokens: int
     decode_s: float
 
@@ -86,7 +87,14 @@ class Stats:
             self._completion_tokens += tokens
             self._busy_s += span_s
 
-    def ended(self, latency_s: float, first_token_s: float) -> None:
+    def encoded(self, tokens: int, span_s: float) -> None:
+        """A batch of texts of `tokens` was encoded."""
+        with self._lock:
+            self._decoded_tokens += tokens
+            self._decode_s += span_s
+            self._busy_s += span_s
+
+    def ended(self, latency_s: float, first_token_s: float | None = None) -> None:
         """A request ended well; both spans begin when it was accepted."""
         with self._lock:
             self._window.append(_Ended(latency_s, first_token_s, self._decoded_tokens, self._decode_s))
@@ -95,7 +103,8 @@ class Stats:
         """All figures at this moment."""
         with self._lock:
             window = list(self._window)
-            latencies, firsts = [e.latency_s for e in window], [e.first_token_s for e in window]
+            latencies = [e.latency_s for e in window]
+            firsts = [e.first_token_s for e in window if e.first_token_s is not None]
             return Snapshot(
                 self._requests, self._failures, self._prompt_tokens, self._cached_tokens, self._completion_tokens,
                 self._drafted_tokens, self._accepted_tokens, self._busy_s,

@@ -22,7 +22,7 @@ from host.files import read_bounded
 from runtime.version import TEMPLATE_FILE, TOKENIZER_FILE
 from runtime.vocabulary import Vocabulary
 from wire.errors import Code, DeployError, InferenceError
-from wire.manifest import DecoderConfig
+from wire.manifest import DecoderConfig, ModelConfig
 
 TEMPLATE_LIMIT_BYTES = 64 * 1024
 PROMPT_LIMIT_CHARACTERS = 4 << 20
@@ -33,7 +33,7 @@ Message = dict[str, str]
 class Text:
     """Tokenizer and chat template of a version. Raises DeployError(load_failed) when they cannot be used."""
 
-    def __init__(self, directory: Path, config: DecoderConfig, *, shared: "Text | None" = None) -> None:
+    def __init__(self, directory: Path, config: ModelConfig, *, shared: "Text | None" = None) -> None:
         """`shared` is the text of a version whose tokenizer.json is the same: parsing one stops every thread of the
         process (the library keeps the interpreter's lock), 10 ms for 4,096 words and a second for 200,000.
         """
@@ -48,14 +48,19 @@ class Text:
             self.tokenizer.no_padding()
             self.tokenizer.no_truncation()
         self.vocabulary: Vocabulary = shared.vocabulary if shared else Vocabulary(self.tokenizer)
+        decoder = config if isinstance(config, DecoderConfig) else None
         self._names = {
-            "bos_token": self._token_text(config.bos_token_id),
-            "eos_token": self._token_text(next(iter(config.eos_token_ids), None)),
+            "bos_token": self._token_text(decoder.bos_token_id if decoder else None),
+            "eos_token": self._token_text(next(iter(decoder.eos_token_ids), None) if decoder else None),
         }
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Tokens of `text`; `special` lets the tokenizer add its begin and end tokens."""
         return list(self.tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each text, with what the tokenizer adds."""
+        return [list(encoding.ids) for encoding in self.tokenizer.encode_batch_fast(texts)]
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt of a conversation; raises InferenceError(bad_request) when the template refuses it."""

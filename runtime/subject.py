@@ -1,0 +1,175 @@
+"""A version under measurement, by its kind: how the probe judges it and how fast it is."""
+
+import platform
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol, Self
+
+from runtime.encoder import Encoder
+from runtime.golden import Judgement, judge_encoder, judge_model, read_embeddings, read_golden, run_prompt
+from runtime.model import FLOAT_ACTIVATIONS, PREFILL_TOKENS, WIDE_TOKENS, Model
+from runtime.slab import Shape
+from runtime.text import Text
+from wire.errors import Code, DeployError
+from wire.golden import EmbeddingSet, GoldenSet
+from wire.manifest import DecoderConfig, EncoderConfig, VersionDocument
+from wire.serving import ExecutionOptions
+
+MEASURED_TOKENS = 24
+MEASURED_PROMPT_TOKENS = 2 * PREFILL_TOKENS
+
+Way = dict[str, object]
+"""Execution options that differ from those of a subject."""
+
+
+class Subject(Protocol):
+    """A loaded version."""
+
+    directory: Path
+    document: VersionDocument
+    options: ExecutionOptions
+    """How it runs."""
+
+    def judge(self) -> Judgement:
+        """By its golden vectors."""
+
+    def tokens_per_s(self) -> float:
+        """The speed that a request sees when it is alone."""
+
+    def read_tokens_per_s(self) -> float:
+        """The speed of reading a long prompt."""
+
+    def reading_ways(self, *, apart: bool) -> list[Way]:
+        """Other ways to read prompts that are worth a trial; `apart`: by a session of their own, too."""
+
+    def again(self, options: ExecutionOptions, packed: Path | None = None) -> Self:
+        """The same version, loaded once more, over the graph that a prepack cache has in `packed` when given."""
+
+    def close(self) -> None:
+        """Give its memory back."""
+
+
+@dataclass(slots=True)
+class DecoderSubject:
+    """A decoder with one slot."""
+
+    directory: Path
+    document: VersionDocument
+    options: ExecutionOptions
+    config: DecoderConfig
+    golden: GoldenSet
+    packed: Path | None = None
+    model: Model = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Raises DeployError(load_failed)."""
+        capacity = max(len(vector.input_ids) for vector in self.golden.vectors) + MEASURED_TOKENS + 1
+        if capacity > self.config.context_tokens:
+            raise DeployError(Code.LOAD_FAILED, "a golden prompt is as long as the context; build the version again")
+        capacity = min(self.config.context_tokens, max(capacity, MEASURED_PROMPT_TOKENS + 1))
+        self.model = Model(self.directory, self.config, Shape(1, capacity), self.options, self.packed)
+
+    def judge(self) -> Judgement:
+        """By logits."""
+        return judge_model(self.model, self.golden)
+
+    def tokens_per_s(self) -> float:
+        """Speed of one stream after a golden prompt."""
+        prompt = list(max(self.golden.vectors, key=lambda vector: len(vector.input_ids)).input_ids)
+        token = int(run_prompt(self.model, prompt)[-1].argmax())
+        began_s = time.perf_counter()
+        for step in range(MEASURED_TOKENS):
+            token = int(self.model.decode([token], [len(prompt) + step])[0].argmax())
+        return MEASURED_TOKENS / (time.perf_counter() - began_s)
+
+    def read_tokens_per_s(self) -> float:
+        """Speed of reading a prompt of two chunks, whatever it says."""
+        count = min(MEASURED_PROMPT_TOKENS, self.model.shape.capacity - 1)
+        prompt = ([token for vector in self.golden.vectors for token in vector.input_ids] * count)[:count]
+        began_s = time.perf_counter()
+        for start in range(0, count, PREFILL_TOKENS):
+            self.model.prefill(0, prompt[start : start + PREFILL_TOKENS], start)
+        return count / (time.perf_counter() - began_s)
+
+    def reading_ways(self, *, apart: bool) -> list[Way]:
+        """With the other attention, and by a session with other kernels where this CPU has such."""
+        ways: list[Way] = [{"flash_attention": False}]
+        if apart and self.model.shape.capacity > WIDE_TOKENS and platform.machine() == "x86_64":
+            ways.append({"reading_config": FLOAT_ACTIVATIONS})
+        return ways
+
+    def again(self, options: ExecutionOptions, packed: Path | None = None) -> Self:
+        """Raises DeployError(load_failed)."""
+        return replace(self, options=options, packed=packed)
+
+    def close(self) -> None:
+        """Session and slab."""
+        self.model.close()
+
+
+@dataclass(slots=True)
+class EncoderSubject:
+    """An encoder."""
+
+    directory: Path
+    document: VersionDocument
+    options: ExecutionOptions
+    config: EncoderConfig
+    golden: EmbeddingSet
+    packed: Path | None = None
+    encoder: Encoder = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Raises DeployError(load_failed)."""
+        self.encoder = Encoder(self.directory, self.config, self.options, self.packed)
+
+    def judge(self) -> Judgement:
+        """By embeddings."""
+        return judge_encoder(self.encoder, self.golden)
+
+    def tokens_per_s(self) -> float:
+        """Speed of the golden texts, one after the other."""
+        began_s = time.perf_counter()
+        for vector in self.golden.vectors:
+            self.encoder.encode([vector.input_ids])
+        return sum(len(vector.input_ids) for vector in self.golden.vectors) / (time.perf_counter() - began_s)
+
+    def read_tokens_per_s(self) -> float:
+        """All that an encoder does is reading."""
+        return self.tokens_per_s()
+
+    def reading_ways(self, *, apart: bool) -> list[Way]:
+        """None: what `tokens_per_s` chose holds."""
+        del apart
+        return []
+
+    def again(self, options: ExecutionOptions, packed: Path | None = None) -> Self:
+        """Raises DeployError(load_failed)."""
+        return replace(self, options=options, packed=packed)
+
+    def close(self) -> None:
+        """The session."""
+        self.encoder.close()
+
+
+def load_subject(directory: Path, document: VersionDocument, options: ExecutionOptions) -> Subject:
+    """Load a version with its golden vectors. Raises ArtifactError, StoreError, DeployError."""
+    config = document.config
+    if isinstance(config, EncoderConfig):
+        return EncoderSubject(directory, document, options, config, read_embeddings(directory, config))
+    return DecoderSubject(directory, document, options, config, read_golden(directory, config.vocab_size))
+
+
+def check_text(directory: Path, document: VersionDocument) -> None:
+    """A template that never ends must do so in the probe, where there is a time-out, and not in the server.
+
+    Raises DeployError(load_failed) when the tokenizer does not fit the model.
+    """
+    text = Text(directory, document.config)
+    if isinstance(document.config, DecoderConfig):
+        tokens = text.encode(text.render([{"role": "user", "content": "Good evening"}]), special=True)
+    else:
+        tokens = text.encode("Good evening", special=True)
+    if max(tokens, default=0) >= document.config.vocab_size:
+        raise DeployError(Code.LOAD_FAILED, "the tokenizer has words that the model has not; build the version again")

@@ -4,9 +4,9 @@ A field that would change the answer and is not supported is refused, never igno
 (`user`, `metadata`, `store`) are taken. Names and meanings: OpenAI API reference, chat, completions and embeddings.
 """
 
-from typing import Annotated, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from runtime.sampling import Sampling
 from wire.errors import Code, InferenceError
@@ -165,16 +165,25 @@ Token = Annotated[int, Field(ge=0, le=1 << 31)]
 Tokens = Annotated[tuple[Token, ...], Field(min_length=1, max_length=1 << 16)]
 
 
+def _kind_of_input(given: Any) -> str:
+    """Which form an input has, so that a refusal speaks of that form."""
+    if not isinstance(given, list | tuple):
+        return "text"
+    first = given[0] if given else ""
+    return "tokens" if isinstance(first, int) else "token_lists" if isinstance(first, list | tuple) else "texts"
+
+
 class EmbeddingRequest(_Body):
     """Body of POST /v1/embeddings. An input of numbers is tokens, which are taken as they are."""
 
     model: Annotated[str, Field(min_length=1, max_length=200)]
-    input: (
-        Content
-        | Annotated[tuple[Content, ...], Field(min_length=1, max_length=INPUTS_LIMIT)]
-        | Tokens
-        | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=INPUTS_LIMIT)]
-    )
+    input: Annotated[
+        Annotated[Content, Tag("text")]
+        | Annotated[tuple[Content, ...], Field(min_length=1, max_length=INPUTS_LIMIT), Tag("texts")]
+        | Annotated[Tokens, Tag("tokens")]
+        | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=INPUTS_LIMIT), Tag("token_lists")],
+        Discriminator(_kind_of_input),
+    ]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None

@@ -10,15 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wire.documents import encode_document, parse_document
-from wire.errors import ArtifactError
+from wire.errors import ArtifactError, Code
 from wire.manifest import (
     BITS,
     FRAME_BYTES,
     DecoderConfig,
     Dtype,
+    EncoderConfig,
     FileEntry,
     Layout,
     Manifest,
+    Pooling,
     Requirements,
     TensorColumns,
     VersionDocument,
@@ -218,3 +220,54 @@ def test_cache_of_another_type_is_refused() -> None:
     unknown = json.dumps(json.loads(encode_document(CONFIG)) | {"kv_cache": "u4"}).encode()
     with pytest.raises(ArtifactError, match="kv_cache"):
         parse_document(DecoderConfig, unknown)
+
+
+OLD_VERSION = (
+    '{"config":{"bos_token_id":null,"context_tokens":32,"eos_token_ids":[],"head_size":8,"hidden_size":8,'
+    '"kind":"decoder","kv_heads":1,"layers":1,"vocab_size":16},"files":[{"path":"weights.bin","sha256":"'
+    + "0"
+    * 64
+    + '","size_bytes":256}],"model":"tales","schema":1,"tensors":{"dtype":[],"file":[],"layout":[],"name":[],'
+    '"offset":[],"shape":[]},"version":"1.0"}'
+).encode()
+"""A version of a decoder as it was written before there were encoders."""
+
+ENCODER = EncoderConfig(
+    layers=6, hidden_size=384, heads=12, vocab_size=30522, max_tokens=256, dimensions=384, pooling=Pooling.MEAN,
+    normalised=True,
+)  # fmt: skip
+
+
+def test_version_written_before_there_were_encoders_keeps_its_bytes_and_digest() -> None:
+    version = parse_document(VersionDocument, OLD_VERSION)
+    assert version.config == CONFIG
+    assert encode_document(version) == OLD_VERSION
+    untagged = OLD_VERSION.replace(b'"kind":"decoder",', b"")
+    assert parse_document(VersionDocument, untagged) == version
+
+
+def test_version_of_an_encoder_is_read_as_one() -> None:
+    version = make_version().model_copy(update={"config": ENCODER})
+    read = parse_document(VersionDocument, encode_document(version))
+    assert read == version
+    assert isinstance(read.config, EncoderConfig)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        b'{"kind":"vision"}',
+        b'{"kind":"encoder"}',
+        b'{"kind":["encoder"]}',
+        b'{"kind":"' + b"x" * 5000 + b'"}',
+        b"[]",
+        encode_document(ENCODER).replace(b'"kind":"encoder"', b'"kind":"decoder"'),
+        encode_document(ENCODER).replace(b'"pooling":"mean"', b'"pooling":"max"'),
+    ],
+)
+def test_config_of_no_known_kind_is_refused_in_few_words(config: bytes) -> None:
+    found = OLD_VERSION.index(b'{"bos'), OLD_VERSION.index(b',"files"')
+    with pytest.raises(ArtifactError) as refused:
+        parse_document(VersionDocument, OLD_VERSION[: found[0]] + config + OLD_VERSION[found[1] :])
+    assert refused.value.code is Code.BAD_DOCUMENT
+    assert len(refused.value.message) < 400

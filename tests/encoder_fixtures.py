@@ -1,0 +1,118 @@
+"""Real versions of the tiny encoder, and an encoder that can be held, for the tests of the runtime."""
+
+import atexit
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from runtime_fixtures import PROJECT, Version
+
+from forge.build import build_version
+from forge.quantise import Precision
+from runtime.batcher import Batcher, Encoding, Endings, Limits, deliver_directly
+from runtime.encoder import Encoder
+from runtime.model import Float
+from runtime.stats import Stats
+from wire.errors import InferenceError
+from wire.manifest import EncoderConfig
+from wire.serving import ExecutionOptions
+
+ENCODER = "tiny"
+POISON = 383
+"""The last token of the vocabulary, which no random text has."""
+CHECKPOINT = PROJECT / "tests" / "fixtures" / "parity" / "tiny-bert"
+
+
+@cache
+def encoder_version(precision: Precision = Precision.INT8, version: str = "1.0") -> Version:
+    """The tiny encoder as a version, made once per test run; `version` changes its digest alone."""
+    home = Path(tempfile.mkdtemp(prefix="amperage-encoder-"))
+    atexit.register(shutil.rmtree, home)
+    document = build_version(CHECKPOINT, home / "version", (ENCODER, version), precision=precision)
+    return Version(home / "version", document)
+
+
+def encoder_config(version: Version) -> EncoderConfig:
+    assert isinstance(version.document.config, EncoderConfig)
+    return version.document.config
+
+
+class HeldEncoder(Encoder):
+    """Waits before a batch while it is held, keeps what it ran, and fails on a batch with the token `poison`."""
+
+    def __init__(self, precision: Precision = Precision.FLOAT32) -> None:
+        version = encoder_version(precision)
+        super().__init__(version.directory, encoder_config(version), ExecutionOptions(threads=1))
+        self.held = False
+        self.running = threading.Event()
+        """Set when a batch begins."""
+        self._permits = threading.Semaphore(0)
+        self.batches: list[list[int]] = []
+        """Lengths of the texts of each batch."""
+        self.poison: int | None = None
+
+    def encode(self, texts: Sequence[Sequence[int]]) -> Float:
+        self.batches.append([len(text) for text in texts])
+        self.running.set()
+        if self.held:
+            assert self._permits.acquire(timeout=20)
+        if any(self.poison in text for text in texts):
+            raise RuntimeError("poisoned")
+        return super().encode(texts)
+
+    def step(self) -> None:
+        """Let one batch run."""
+        self._permits.release()
+
+    def free(self) -> None:
+        """Let all batches run."""
+        self.held = False
+        self._permits.release(1000)
+
+
+@dataclass(slots=True)
+class Asked:
+    """One request to a batcher and what came of it."""
+
+    encoding: Encoding = field(init=False)
+    error: InferenceError | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def take(self, error: InferenceError | None) -> None:
+        assert not self.ended.is_set(), "an event after the end"
+        self.error = error
+        self.ended.set()
+
+    def wait(self) -> Float:
+        assert self.ended.wait(20)
+        assert self.error is None, self.error
+        return self.encoding.embeddings
+
+    def fault(self) -> InferenceError:
+        assert self.ended.wait(20)
+        assert self.error is not None
+        return self.error
+
+
+def started(limits: Limits, *encoders: Encoder, deliver: Callable[[Endings], None] = deliver_directly) -> Batcher:
+    """A batcher over the replicas."""
+    batcher = Batcher("test", encoders[0].config, Stats(), limits, deliver)
+    for encoder in encoders:
+        batcher.start(encoder)
+    return batcher
+
+
+def ask_batcher(batcher: Batcher, texts: Sequence[Sequence[int]]) -> Asked:
+    asked = Asked()
+    asked.encoding = Encoding(texts, asked.take)
+    batcher.submit(asked.encoding)
+    return asked
+
+
+def random_text(length: int, seed: int = 0) -> list[int]:
+    return [int(token) for token in np.random.default_rng([length, seed]).integers(5, POISON, length)]

@@ -16,6 +16,7 @@ import structlog
 from runtime.buckets import Buckets, Waiting
 from runtime.encoder import Encoder
 from runtime.model import Float
+from runtime.slab import Usage
 from runtime.stats import Stats
 from wire.errors import Code, InferenceError
 from wire.manifest import EncoderConfig
@@ -92,9 +93,9 @@ class Batcher:
         return len(self._open)
 
     @property
-    def promised_bytes(self) -> int:
-        """Memory that requests may still take of the budget: none, a batch's is the session's."""
-        return 0
+    def usage(self) -> Usage:
+        """An encoder keeps no keys and values; a batch's memory is the session's."""
+        return Usage()
 
     def submit(self, encoding: Encoding) -> None:
         """Take a request, from any thread.

@@ -7,6 +7,7 @@ from runtime.batcher import Batcher
 from runtime.cpu import detect_cpu
 from runtime.replicas import Replicas
 from runtime.session import ONNXRUNTIME
+from runtime.slab import Usage
 from runtime.stats import Stats
 from runtime.text import Text
 from wire.manifest import DecoderConfig, EncoderConfig, VersionDocument
@@ -23,8 +24,8 @@ class Worker(Protocol):
         """Requests that were accepted and have not ended."""
 
     @property
-    def promised_bytes(self) -> int:
-        """Memory that they may still take of the budget."""
+    def usage(self) -> Usage:
+        """Memory for keys and values, all 0 where there are none."""
 
     def close(self) -> None:
         """End what is open, the threads, and give the model's memory back."""

@@ -255,5 +255,5 @@ def _row(version: Loaded) -> ModelStats:
         accepted_tokens=figures.accepted_tokens, busy_s=figures.busy_s,
         active=version.engine.open, latency_p50_s=figures.latency_p50_s, latency_p95_s=figures.latency_p95_s,
         first_token_p50_s=figures.first_token_p50_s, tokens_per_s=figures.tokens_per_s,
-        kv_budget_bytes=usage.budget, kv_held_bytes=usage.held,
+        kv_budget_bytes=usage.budget or None, kv_held_bytes=usage.held if usage.budget else None,
     )  # fmt: skip

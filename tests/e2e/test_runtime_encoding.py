@@ -137,7 +137,7 @@ def test_counters_of_an_encoder_are_those_of_reading(node: Node) -> None:
     ask(node.public, "POST", PATH, {"model": ENCODER, "input": [random_text(30), random_text(12)]})
     after = stats(node)
     assert (after.requests - before.requests, after.prompt_tokens - before.prompt_tokens) == (1, 42)
-    assert (after.completion_tokens, after.first_token_p50_s) == (0, None)
+    assert (after.completion_tokens, after.first_token_p50_s, after.kv_budget_bytes) == (0, None, None)
     assert after.tokens_per_s is not None
     assert after.latency_p50_s is not None
     text = ask(node.public, "GET", "/metrics").body.decode()

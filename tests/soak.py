@@ -24,18 +24,21 @@ BACK_OFF_S = 0.4
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """Fields of a request. Answers that are not greedy are not judged."""
+    """Fields of a request. Answers that are not greedy are not judged; those that are `exact` may not part at all."""
 
     name: str
     body: dict[str, Any] = field(default_factory=dict)
     greedy: bool = True
+    exact: bool = False
 
 
 OPTIONS = (
     Option("plain"),
     Option("ignore_eos", {"ignore_eos": True}),
     Option("stop", {"stop": [" and", "."]}),
-    Option("sampled", {"temperature": 0.9, "top_p": 0.9, "seed": 7}, greedy=False),
+    Option("logprobs", {"logprobs": 2}),
+    Option("deterministic", {"deterministic": True}, exact=True),
+    Option("sampled", {"temperature": 0.9, "top_p": 0.9, "min_p": 0.01, "seed": 7}, greedy=False),
 )
 WAYS = ("whole", "stream", "leave a stream", "leave at once", "leave soon", "too slow", "too long")
 WEIGHTS = (6, 6, 4, 2, 2, 1, 1)

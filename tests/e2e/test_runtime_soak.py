@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -19,9 +20,8 @@ from soak import OPTIONS, WAYS, Mix, make_prompts
 from unbatched import Unbatched
 
 from runtime.slab import token_bytes
-from runtime.text import Text
 from wire.documents import parse_document
-from wire.serving import RuntimeStats
+from wire.serving import ModelStats, RuntimeStats
 
 pytestmark = pytest.mark.e2e
 CLIENTS, SLOTS, QUEUE, CONTEXT = 8, 3, 4, 1024
@@ -53,8 +53,8 @@ def memory_bytes(node: Node) -> tuple[int, int]:
     return int(rows["Pss"]) * 1024, int(rows["Anonymous"]) * 1024
 
 
-def active(node: Node) -> int:
-    return parse_document(RuntimeStats, ask(node.admin, "GET", "/v2/models/stats").body).models[0].active
+def stats(node: Node) -> ModelStats:
+    return parse_document(RuntimeStats, ask(node.admin, "GET", "/v2/models/stats").body).models[0]
 
 
 def soak(node: Node, mix: Mix) -> list[tuple[float, int, int]]:
@@ -69,7 +69,7 @@ def soak(node: Node, mix: Mix) -> list[tuple[float, int, int]]:
     for client in clients:
         client.join(70)
         assert not client.is_alive(), "a client waits for ever"
-    wait_for("an idle engine", lambda: active(node) == 0)
+    wait_for("an idle engine", lambda: stats(node).active == 0)
     return samples
 
 
@@ -94,6 +94,7 @@ def test_mix_of_joins_leaves_and_cancels_is_answered_rightly_in_flat_memory(tmp_
         mix = Mix(node.public, prompts, CONTEXT, time.monotonic() + seconds)
         samples = soak(node, mix)
         tell(str(dict(sorted(mix.counts.items()))))
+        tell(f"{stats(node).accepted_tokens} of {stats(node).drafted_tokens} drafted tokens were accepted")
         assert mix.faults == []
         assert all(mix.counts[way] for way in WAYS)
         assert all(mix.counts[f"option {option.name}"] for option in OPTIONS)
@@ -106,14 +107,16 @@ def test_mix_of_joins_leaves_and_cancels_is_answered_rightly_in_flat_memory(tmp_
 def judge_answers(mix: Mix) -> None:
     """Every greedy answer, whole or not."""
     config = base_version().document.config
-    text = Text(base_version().directory, config)
-    judge = Unbatched(load(1, CONTEXT), text.decode, frozenset(config.eos_token_ids), TOLERANCE)
+    tokenizer = Tokenizer.from_file(str(base_version().directory / "tokenizer.json"))
+    alone, ends = load(1, CONTEXT), frozenset(config.eos_token_ids)
+    judge, strict = (Unbatched(alone, tokenizer.decode, ends, tolerance) for tolerance in (TOLERANCE, 0.0))
     began_s = time.monotonic()
     for one in mix.answered:
         cut = one.option.body.get("stop") is not None
         tokens = None if cut else one.tokens
         ended = one.reason == "stop" and not cut
-        assert judge.explains(one.prompt, one.text, tokens, ended=ended), one
+        by = strict if one.option.exact else judge
+        assert by.explains(one.prompt, one.text, tokens, ended=ended), one
     partings = judge.partings
     tell(
         f"{len(mix.answered)} different answers judged in {time.monotonic() - began_s:.0f} s; {len(partings)} tokens "

@@ -94,8 +94,8 @@ class Sampler:
 
     def _choose(self, logits: Float, peak: float) -> int:
         s = self._sampling
-        tokens = _best(logits, peak, s)
-        weights = (logits if tokens is None else logits[tokens]) - np.float32(peak)
+        tokens, values = _best(logits, peak, s)
+        weights = values - np.float32(peak)
         weights *= np.float32(1.0 / s.temperature)
         np.exp(weights, out=weights)
         if s.top_p < 1.0:
@@ -114,7 +114,7 @@ def score(logits: Float, token: int, top: int) -> Scored:
     normaliser = float(peak) + math.log(float(np.exp(logits - peak).sum()))
     best: list[int] = []
     if top:
-        tokens = np.flatnonzero(logits >= _floor_of_best(logits, top))
+        tokens = _places(logits >= np.float32(_floor_of_best(logits, top)))
         best = tokens[np.argsort(-logits[tokens], kind="stable")][:top].tolist()
     return Scored(
         token, float(logits[token]) - normaliser, tuple((at, float(logits[at]) - normaliser) for at in best)
@@ -160,19 +160,20 @@ def _penalised(s: Sampling) -> bool:
     return bool(s.frequency_penalty or s.presence_penalty or s.logit_bias or s.repetition_penalty != 1.0)
 
 
-def _best(logits: Float, peak: float, s: Sampling) -> Int | None:
-    """The tokens that min_p and top_k leave, in rising order; None: all."""
+def _best(logits: Float, peak: float, s: Sampling) -> tuple[Int | None, Float]:
+    """The tokens that min_p and top_k leave, in rising order, and their logits; None: all."""
     floor = peak + s.temperature * math.log(s.min_p) if s.min_p > 0.0 else -math.inf
     limited = 0 < s.top_k < logits.size
     if limited:
         floor = max(floor, _floor_of_best(logits, s.top_k))
     if floor == -math.inf:
-        return None
-    tokens = np.flatnonzero(logits >= np.float32(floor))
+        return None, logits
+    tokens = _places(logits >= np.float32(floor))
+    values = logits[tokens]
     if limited and tokens.size > s.top_k:
-        values = logits[tokens]
-        tokens = tokens[values >= np.partition(values, -s.top_k)[-s.top_k]]
-    return tokens
+        kept = _places(values >= _largest(values.copy(), s.top_k))
+        tokens, values = tokens[kept], values[kept]
+    return tokens, values
 
 
 def _floor_of_best(logits: Float, count: int) -> float:
@@ -180,8 +181,19 @@ def _floor_of_best(logits: Float, count: int) -> float:
     count = min(count, logits.size)
     if logits.size >= FOLDED_FROM and count <= COLUMNS // 4:
         # the best of different columns are as many different tokens
-        logits = logits[: logits.size // COLUMNS * COLUMNS].reshape(-1, COLUMNS).max(axis=0)
-    return float(np.partition(logits, -count)[-count])
+        return _largest(logits[: logits.size // COLUMNS * COLUMNS].reshape(-1, COLUMNS).max(axis=0), count)
+    return _largest(logits.copy(), count)
+
+
+def _largest(values: Float, count: int) -> float:
+    """The last of the `count` largest of `values`, which are left in another order."""
+    values.partition(values.size - count)
+    return float(values[values.size - count])
+
+
+def _places(mask: NDArray[np.bool_]) -> Int:
+    """numpy.flatnonzero without what it costs to be general: half of it for short masks."""
+    return mask.nonzero()[0]
 
 
 def _nucleus(weights: Float, share: float) -> Int:
@@ -190,7 +202,7 @@ def _nucleus(weights: Float, share: float) -> Int:
     tail = FIRST_TAIL
     while True:
         # what is below weighs at most (1 - share) of all when it has no more than `tail` tokens
-        values = weights[np.flatnonzero(weights >= np.float32(target * (1.0 / share - 1.0) / tail))]
+        values = weights[_places(weights >= np.float32(target * (1.0 / share - 1.0) / tail))]
         if tail >= weights.size or float(values.sum()) >= target:
             break
         tail *= 16
@@ -198,7 +210,7 @@ def _nucleus(weights: Float, share: float) -> Int:
     values = values[::-1]
     count = min(int(np.cumsum(values, dtype=np.float64).searchsorted(target)) + 1, values.size)
     edge = values[count - 1]
-    places = np.flatnonzero(weights >= edge)
+    places = _places(weights >= edge)
     if places.size > count:
         places = np.delete(places, np.flatnonzero(weights[places] == edge)[count - places.size :])
     return places

@@ -22,6 +22,7 @@ from runtime.answer import Answer, Wanted
 from runtime.bodies import ChatRequest, CompletionRequest, parse_body
 from runtime.embedding import embeddings
 from runtime.http import EXCEPTION_HANDLERS, encode_json, error_content, json_response, read_body, watch_client
+from runtime.infer import infer, tensors_of
 from runtime.loaded import Loaded
 from runtime.logprobs import chat_logprobs, completion_logprobs
 from runtime.metrics import render_metrics
@@ -29,6 +30,7 @@ from runtime.registry import Registry
 from runtime.settings import RuntimeSettings
 from runtime.transcript import Placed
 from wire.errors import InferenceError
+from wire.manifest import EncoderConfig
 
 UNREAD_GRACE_S = 2.0
 """Beyond the time of a request, for a client that is slow to read its end."""
@@ -85,6 +87,7 @@ def make_api(registry: Registry, settings: RuntimeSettings) -> Starlette:
             Route("/v2/health/ready", ready),
             Route("/v2/models/{model}", model_metadata),
             Route("/v2/models/{model}/ready", model_ready),
+            Route("/v2/models/{model}/infer", infer, methods=["POST"]),
         ],
         exception_handlers=EXCEPTION_HANDLERS,
     )
@@ -225,15 +228,18 @@ async def ready(request: Request) -> Response:
 
 async def server_metadata(_request: Request) -> Response:
     """GET /v2."""
-    return json_response({"name": "amperage", "version": "2", "extensions": ["model_repository", "statistics"]})
+    extensions = ["model_repository", "statistics", "binary_tensor_data"]
+    return json_response({"name": "amperage", "version": "2", "extensions": extensions})
 
 
 async def model_metadata(request: Request) -> Response:
     """GET /v2/models/{model}. Decoders take text over the OpenAI API, so that they list no tensors."""
-    entry = _serving(request).entry
+    version = _serving(request)
+    entry, config = version.entry, version.document.config
+    tensors = tensors_of(config) if isinstance(config, EncoderConfig) else {"inputs": [], "outputs": []}
     return json_response(
-        {"name": entry.model, "versions": [entry.version], "platform": "onnxruntime_decoder", "inputs": [],
-         "outputs": [], "parameters": {"decoded": entry.decoded}}
+        {"name": entry.model, "versions": [entry.version], "platform": f"onnxruntime_{config.kind}", **tensors,
+         "parameters": {"decoded": entry.decoded, "max_tokens": version.capacity}}
     )  # fmt: skip
 
 

@@ -20,18 +20,20 @@ BIASES = 1024
 TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 
 
-class _Body(BaseModel):
+class StrictBody(BaseModel):
+    """Part of a request: nothing that is not known, and no other types than those that are written."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class TextPart(_Body):
+class TextPart(StrictBody):
     """One part of a message; only text is understood."""
 
     type: Literal["text"]
     text: Content
 
 
-class ChatMessage(_Body):
+class ChatMessage(StrictBody):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -44,20 +46,20 @@ class ChatMessage(_Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class StreamOptions(_Body):
+class StreamOptions(StrictBody):
     """`stream_options`."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class TextFormat(_Body):
+class TextFormat(StrictBody):
     """`response_format`; only plain text is offered."""
 
     type: Literal["text"]
 
 
-class _Request(_Body):
+class _Request(StrictBody):
     default_tokens: ClassVar[int | None] = None
     """Bound of the answer when `max_tokens` was left out; the context's end bounds it, too."""
 
@@ -173,7 +175,7 @@ def _kind_of_input(given: Any) -> str:
     return "tokens" if isinstance(first, int) else "token_lists" if isinstance(first, list | tuple) else "texts"
 
 
-class EmbeddingRequest(_Body):
+class EmbeddingRequest(StrictBody):
     """Body of POST /v1/embeddings. An input of numbers is tokens, which are taken as they are."""
 
     model: Annotated[str, Field(min_length=1, max_length=200)]

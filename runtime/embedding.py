@@ -6,7 +6,7 @@ texts that nobody waits for any more are dropped from the batcher.
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -43,12 +43,11 @@ async def embeddings(request: Request) -> Response:
         "model": version.entry.model, "system_fingerprint": version.fingerprint,
         "usage": {"prompt_tokens": count, "total_tokens": count},
     }  # fmt: skip
-    pieces = []
-    for index, row in enumerate(rows):
-        pieces.append(encode_json({"object": "embedding", "index": index, "embedding": _written(row, body)}))
-        if index % ROWS_BETWEEN_PAUSES == ROWS_BETWEEN_PAUSES - 1:
-            await asyncio.sleep(0)
-    listed = b",".join(pieces)
+
+    def write(index: int, row: Float) -> bytes:
+        return encode_json({"object": "embedding", "index": index, "embedding": _written(row, body)})
+
+    listed = await join_rows(rows, write)
     return Response(b'{"object":"list","data":[' + listed + b"]," + encode_json(rest)[1:], media_type=JSON)
 
 
@@ -92,6 +91,16 @@ async def encode(request: Request, version: LoadedEncoder, texts: Sequence[Seque
     if error is not None:
         raise error
     return encoding.embeddings
+
+
+async def join_rows(rows: Float, write: Callable[[int, Float], bytes]) -> bytes:
+    """What `write` makes of each row, with commas between, and time for others now and then."""
+    pieces = []
+    for index, row in enumerate(rows):
+        pieces.append(write(index, row))
+        if index % ROWS_BETWEEN_PAUSES == ROWS_BETWEEN_PAUSES - 1:
+            await asyncio.sleep(0)
+    return b",".join(pieces)
 
 
 async def _tokens(version: LoadedEncoder, given: Any) -> list[list[int]]:

@@ -76,7 +76,7 @@ class LoadedDecoder(Loaded):
 class LoadedEncoder(Loaded):
     """An encoder and its batcher."""
 
-    answers: ClassVar[str] = "/v1/embeddings"
+    answers: ClassVar[str] = "/v1/embeddings and /v2/models/MODEL/infer"
 
     config: EncoderConfig
     engine: Batcher

@@ -15,6 +15,7 @@ import structlog
 
 from runtime.buckets import Buckets, Waiting
 from runtime.encoder import Encoder
+from runtime.keeping import Keeper
 from runtime.model import Float
 from runtime.slab import Usage
 from runtime.stats import Stats
@@ -79,12 +80,15 @@ class Batcher:
         self._open: dict[Encoding, None] = {}
         """In the order of their arrival."""
         self._closed = False
-        self._replicas: list[tuple[Encoder, threading.Thread]] = []
+        self._threads: list[threading.Thread] = []
 
-    def start(self, encoder: Encoder) -> None:
-        """Let a replica run what waits, on a thread of its own with the cores of the calling one."""
-        thread = threading.Thread(target=self._run, args=(encoder,), name=f"batcher-{self._name}", daemon=True)
-        self._replicas.append((encoder, thread))
+    def start(self, encoder: Encoder, keeper: Keeper[Encoder] | None = None) -> None:
+        """Let a replica run what waits, on a thread of its own with the cores of the calling one.
+
+        `keeper` gives it back while nobody asks; without one it is kept for ever.
+        """
+        thread = threading.Thread(target=self._run, args=(encoder, keeper), name=f"batcher-{self._name}", daemon=True)
+        self._threads.append(thread)
         thread.start()
 
     @property
@@ -130,9 +134,8 @@ class Batcher:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for encoder, thread in self._replicas:
+        for thread in self._threads:
             thread.join()
-            encoder.close()
 
     def _check(self, texts: Sequence[Sequence[int]]) -> None:
         config = self._config
@@ -152,16 +155,27 @@ class Batcher:
                 Code.BAD_REQUEST, f"one request may have {self._limits.queue_tokens} tokens; send fewer texts", 400
             )
 
-    def _run(self, encoder: Encoder) -> None:
-        while batch := self._next():
-            self._encode(encoder, batch)
+    def _run(self, encoder: Encoder, keeper: Keeper[Encoder] | None) -> None:
+        while not self._closed:
+            batch = self._next(keeper.keep_s if keeper is not None and not keeper.resting else None)
+            if keeper is not None and not batch and not self._closed:
+                keeper.rest(encoder)
+            if keeper is not None and batch and keeper.resting:
+                try:
+                    encoder = keeper.wake()
+                except InferenceError as error:
+                    self._fail(batch, error)
+                    continue
+            if batch:
+                self._encode(encoder, batch)
+        encoder.close()
         with self._changed:
             leaving, self._open = list(self._open), {}
         ending = InferenceError(Code.NOT_READY, "the server is ending; ask again", 503, retry_after_s=1.0)
         self._deliver([(encoding, ending) for encoding in leaving])
 
-    def _next(self) -> list[Waiting[Encoding]]:
-        """Block until there is a batch; an empty one when closed."""
+    def _next(self, patience_s: float | None) -> list[Waiting[Encoding]]:
+        """Block until there is a batch; an empty one when closed, and after `patience_s` without any text."""
         with self._changed:
             while not self._closed:
                 wait_s = self._wait_s()
@@ -170,7 +184,8 @@ class Batcher:
                     if self._waiting:
                         self._changed.notify()  # another replica may be idle
                     return batch
-                self._changed.wait(wait_s)
+                if not self._changed.wait(patience_s if wait_s is None else wait_s) and wait_s is None:
+                    break
             return []
 
     def _wait_s(self) -> float | None:
@@ -187,12 +202,12 @@ class Batcher:
         try:
             rows = encoder.encode([text.tokens for text in batch])
         except Exception as error:  # noqa: BLE001  onnxruntime raises a dozen unrelated types; the thread must go on
-            self._fail(batch, str(error))
+            self._fail(batch, self._broken(str(error)))
             return
         self.stats.encoded(sum(len(text.tokens) for text in batch), time.perf_counter() - began_s)
         wrong = [text for text, row in zip(batch, rows, strict=True) if not np.isfinite(row).all()]
         if wrong:
-            self._fail(wrong, "an embedding is not finite")
+            self._fail(wrong, self._broken("an embedding is not finite"))
         with self._changed:
             ended = self._note(batch, rows)
         now_s = time.perf_counter()
@@ -215,9 +230,12 @@ class Batcher:
                 ended.append(encoding)
         return ended
 
-    def _fail(self, texts: list[Waiting[Encoding]], reason: str) -> None:
+    def _broken(self, reason: str) -> InferenceError:
+        _log.error("batch failed", model=self._name, error=reason[:500])
+        return InferenceError(Code.INTERNAL, "the model failed on this request; the runtime's log has the reason", 500)
+
+    def _fail(self, texts: list[Waiting[Encoding]], error: InferenceError) -> None:
         """End the requests of `texts`."""
-        _log.error("batch failed", texts=len(texts), error=reason[:500])
         with self._changed:
             owners = {text.owner for text in texts}
             failed = [encoding for encoding in self._open if encoding in owners]
@@ -225,8 +243,7 @@ class Batcher:
                 self._forget(encoding)
         for _ in failed:
             self.stats.failed()
-        message = "the model failed on this request; the runtime's log has the reason"
-        self._deliver([(encoding, InferenceError(Code.INTERNAL, message, 500)) for encoding in failed])
+        self._deliver([(encoding, error) for encoding in failed])
 
     def _forget(self, encoding: Encoding) -> None:
         self._waiting.remove(encoding)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from runtime.generation import Deliveries, End, Generation, Reason, check_room, deliver_directly
+from runtime.keeping import Keeper
 from runtime.model import PREFILL_TOKENS, Float, Interrupt, Model
 from runtime.pace import Pace
 from runtime.prefix import BLOCK_TOKENS
@@ -43,12 +44,14 @@ class Engine:
     def __init__(  # noqa: PLR0913  # three are named
         self, name: str, model: Model, stats: Stats, *, max_queue: int,
         deliver: Callable[[Deliveries], None] = deliver_directly, speculation: Speculation | None = None,
+        keeper: Keeper[Model] | None = None,
     ) -> None:  # fmt: skip
+        """`keeper` gives the model back while nobody asks; without one it is kept for ever."""
         self._model, self.stats, self._deliver = model, stats, deliver
         self._slab = model.slab
         self._slots = Slots(model.slab, model.shape)
         self._pace = Pace()
-        self._speculation = speculation
+        self._speculation, self._keeper = speculation, keeper
         self._vocab_size = model.config.vocab_size
         self._open_limit = model.shape.slots + max_queue
         self._changed = threading.Condition()
@@ -124,6 +127,8 @@ class Engine:
 
     def _run(self) -> None:
         while self._await_work():
+            if self._keeper is not None and self._keeper.resting and not self._wake(self._keeper):
+                continue
             self._drop_cancelled()
             self._advance()
             self._read()
@@ -132,13 +137,37 @@ class Engine:
 
     def _await_work(self) -> bool:
         """Block until there is something to do; False when closed."""
+        if not self._has_work(IDLE_TRIM_S):
+            self._slab.trim()
+            keeper = self._keeper
+            if keeper is not None and not keeper.resting and not self._has_work(max(0.0, keeper.keep_s - IDLE_TRIM_S)):
+                keeper.rest(self._model)
+            self._has_work(None)
+        return not self._closed
+
+    def _has_work(self, patience_s: float | None) -> bool:
+        """Wait for something to do, or for the end."""
         with self._changed:
-            patience_s: float | None = IDLE_TRIM_S
-            while not (self._closed or self._slots.running or self._reading or self._waiting):
-                if not self._changed.wait(patience_s):
-                    self._slab.trim()
-                    patience_s = None
-            return not self._closed
+            return self._changed.wait_for(
+                lambda: bool(self._closed or self._slots.running or self._reading or self._waiting), patience_s
+            )
+
+    def _wake(self, keeper: Keeper[Model]) -> bool:
+        """Load the model again; when that fails, so does what waits, and the next request tries it again."""
+        try:
+            self._model = keeper.wake()
+        except InferenceError as error:
+            with self._changed:
+                waiting = list(self._waiting)
+                self._waiting.clear()
+                self._open -= len(waiting)
+            for _ in waiting:
+                self.stats.failed()
+            self._deliver([(generation, End(Reason.FAILED, error)) for generation in waiting])
+            return False
+        self._slab = self._model.slab
+        self._slots = Slots(self._slab, self._model.shape)
+        return True
 
     def _drop_cancelled(self) -> None:
         here = [*self._slots.running, *self._reading]

@@ -17,6 +17,7 @@ from runtime.budget import LOADED_BYTES_PER_WEIGHT_BYTE, Room, Sharing, availabl
 from runtime.cores import Cores, confined, core_groups, group_threads, own_cores
 from runtime.encoder import Encoder
 from runtime.engine import Engine
+from runtime.keeping import Keeper
 from runtime.loaded import Loaded, LoadedDecoder, LoadedEncoder, foreign
 from runtime.model import Model
 from runtime.prepack import PrepackCache, load_model
@@ -86,11 +87,14 @@ class Loader:
         shape = self._shape(len(order.groups), entry, order.document, config, sharing)
         engines: list[Engine] = []
 
-        def start(model: Model) -> None:
+        def start(model: Model, keeper: Keeper[Model] | None) -> None:
             speculation = Speculation() if self._settings.speculation else None
             engines.append(
-                Engine(entry.model, model, stats, max_queue=max_queue, deliver=order.deliver, speculation=speculation)
-            )
+                Engine(
+                    entry.model, model, stats, max_queue=max_queue, deliver=order.deliver, speculation=speculation,
+                    keeper=keeper,
+                )
+            )  # fmt: skip
 
         try:
             stale = self._start(order, partial(Model, order.directory, config, shape), start)
@@ -119,8 +123,9 @@ class Loader:
         )  # fmt: skip
 
     def _start(
-        self, order: _Order, make: Callable[[ExecutionOptions, Path | None], Made], start: Callable[[Made], None]
-    ) -> str:
+        self, order: _Order, make: Callable[[ExecutionOptions, Path | None], Made],
+        start: Callable[[Made, Keeper[Made] | None], None],
+    ) -> str:  # fmt: skip
         """Make, warm up and start a replica in each group of cores, where its threads and memory stay; returns why they
         do not run as the entry says, or nothing.
         """
@@ -130,8 +135,11 @@ class Loader:
             threads = min(entry.options.threads, group_threads(self._settings.threads, group, len(groups)))
             options = entry.options.model_copy(update={"threads": threads})
             with confined(group):
-                model, stale = load_model(self._cache, entry, stale, partial(make, options))
-                start(model)
+                load = partial(load_model, self._cache, entry, build=partial(make, options))
+                model, stale = load(stale)
+                keep_s = self._settings.keep_alive_s
+                again = partial(_model_of, partial(load, stale))
+                start(model, Keeper(entry.model, again, keep_s) if keep_s else None)
         return stale
 
     def sweep(self, serving: Serving) -> tuple[str, ...]:
@@ -150,3 +158,7 @@ class Loader:
         shape, arithmetic = plan_slab(config, each, Room(*available_bytes(), weights, sharing))
         _log.info("memory for keys and values", model=entry.model, replicas=replicas, arithmetic=arithmetic)
         return shape
+
+
+def _model_of(load: Callable[[], tuple[Made, str]]) -> Made:
+    return load()[0]

@@ -139,6 +139,7 @@ class Slab:
 
     def close(self) -> None:
         """Let go of all memory; it goes when the last binding to it does."""
+        self._written = [0] * len(self._written)
         self._map = None
         self._slots = self._kept = np.zeros((0, 0, 0, 0, 0), np.float32)
 
@@ -152,7 +153,7 @@ class Slab:
 
     def _give_back(self, slot: int, first: int) -> None:
         """Pages of `slot` from `first` on; they are zero when they are touched again (madvise(2))."""
-        assert self._map is not None  # noqa: S101  nobody trims what was closed
+        assert self._map is not None  # noqa: S101  what was closed has no pages
         parts, slots, heads, rows, _ = self._slots.shape
         run_bytes, kept_bytes = rows * self._row_bytes, first * mmap.PAGESIZE
         if first == 0:  # its heads lie side by side

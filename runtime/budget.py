@@ -16,8 +16,11 @@ from runtime.slab import Shape, token_bytes
 from wire.errors import Code, DeployError
 from wire.manifest import DecoderConfig
 
-LOADED_BYTES_PER_WEIGHT_BYTE = 1.5
-"""Heap of a session: the packed weights and what steps need; 1.35 to 1.6 were measured."""
+HEAP_BYTES_PER_WEIGHT_BYTE = 1.5
+"""What a session takes for its packed weights and its steps; 1.35 was measured for a 135 M model, and 0.8 for a second
+session beside it."""
+MAPPED_HEAP_BYTES_PER_WEIGHT_BYTE = 0.3
+"""The same where the packed weights are mapped from the prepack cache: 0.25."""
 SHARE = 0.5
 """Of what is left, for one version: the one that follows it gets as much while it drains."""
 PREFIX_SHARE = 0.25
@@ -61,6 +64,11 @@ class Room:
         promised = self.sharing.promised_bytes
         others = f" - {mib(promised)} promised to other models" if promised else ""
         return f"{mib(self.available or 0)} left ({self.limit}) - {mib(self.weights)} for weights{others}"
+
+
+def heap_bytes(weights: int, sessions: int, *, mapped: bool) -> int:
+    """What `sessions` over `weights` bytes will take, with packed weights on the heap or `mapped` from their cache."""
+    return int(weights * sessions * (MAPPED_HEAP_BYTES_PER_WEIGHT_BYTE if mapped else HEAP_BYTES_PER_WEIGHT_BYTE))
 
 
 def available_bytes(root: Path = Path("/")) -> tuple[int | None, str]:

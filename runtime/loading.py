@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import structlog
 
 from runtime.batcher import Batcher, Limits
-from runtime.budget import LOADED_BYTES_PER_WEIGHT_BYTE, Room, Sharing, available_bytes, plan_slab
+from runtime.budget import Room, Sharing, available_bytes, heap_bytes, plan_slab
 from runtime.cores import Cores, confined, core_groups, group_threads, own_cores
 from runtime.encoder import Encoder
 from runtime.engine import Engine
@@ -151,7 +151,8 @@ class Loader:
     ) -> Shape:
         """The slab of one of `replicas`, which share the budget of the model."""
         sessions = replicas * (1 if entry.options.reading_config is None else 2)
-        weights = int(sessions * LOADED_BYTES_PER_WEIGHT_BYTE * weights_bytes(document))
+        mapped = entry.prepack is not None and not foreign(entry)
+        weights = heap_bytes(weights_bytes(document), sessions, mapped=mapped)
         budgets = ("kv_cache_bytes", "prefix_cache_bytes")
         each = self._settings.model_copy(update={name: getattr(self._settings, name) // replicas for name in budgets})
         sharing = replace(sharing, to_come=(1 + sharing.to_come) * replicas - 1)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.budget import Room, Sharing, available_bytes, plan_slab
+from runtime.budget import Room, Sharing, available_bytes, heap_bytes, plan_slab
 from runtime.prefix import BLOCK_TOKENS
 from runtime.settings import RuntimeSettings
 from runtime.slab import Shape, token_bytes
@@ -72,6 +72,11 @@ def test_weights_and_promises_to_others_are_taken_off_first_and_the_rest_is_shar
     alone = plan(2 * 4096 * TOKEN)
     left = 2 * (2 * 4096 * TOKEN) + 7 * MIB + 5 * MIB
     assert plan(left, Sharing(7 * MIB, to_come=1), weights=5 * MIB) == alone
+
+
+def test_sessions_count_by_where_their_packed_weights_are() -> None:
+    assert heap_bytes(100 * MIB, 1, mapped=False) == 150 * MIB
+    assert heap_bytes(100 * MIB, 2, mapped=True) == 60 * MIB
 
 
 def test_setting_is_taken_as_it_is_unless_there_is_less() -> None:

@@ -25,7 +25,7 @@ from runtime.pace import Pace
 from runtime.prefix import BLOCK_TOKENS
 from runtime.slab import Usage
 from runtime.slots import Slots
-from runtime.speculation import Drafter, Speculation
+from runtime.speculation import Speculation
 from runtime.stats import Stats
 from wire.errors import Code, InferenceError
 
@@ -178,7 +178,7 @@ class Engine:
     def _advance(self) -> None:
         """A token or more for every running answer."""
         speculation, running = self._speculation, self._slots.running
-        drafts = speculation.plan([(g.drafter, g.left) for g in running]) if speculation and running else None
+        drafts = speculation.plan(running) if speculation and running else None
         if speculation is None or drafts is None:
             self._decode()
         else:
@@ -272,7 +272,8 @@ class Engine:
                 self._reading.remove(generation)
                 self._slots.join(generation)
                 if self._speculation and not generation.alone:
-                    generation.drafter = Drafter(generation.tokens, self._speculation.rates)
+                    greedy = generation.sampling.greedy
+                    generation.drafter = self._speculation.drafter(generation.tokens, greedy=greedy)
                 generation.first_token_s = time.perf_counter()
                 self._sample(generation, row, deliveries)
         span_s = time.perf_counter() - began_s

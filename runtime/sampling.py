@@ -58,6 +58,11 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Tokens, each at most once, and what is added to their logits."""
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the largest logit always wins."""
+        return self.temperature < GREEDY_TEMPERATURE
+
 
 @dataclass(frozen=True, slots=True)
 class Scored:
@@ -86,7 +91,7 @@ class Sampler:
             raise InferenceError(
                 Code.INTERNAL, "the model's logits are not finite; have the agent probe the version again", 500
             )
-        if self._sampling.temperature >= GREEDY_TEMPERATURE:
+        if not self._sampling.greedy:
             token = self._choose(logits, peak)
         if self._penalties is not None:
             self._penalties.count(token)

@@ -11,8 +11,9 @@ After Saxena, "Prompt Lookup Decoding" (2023), and Leviathan et al., arXiv 2211.
 from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Protocol
 
-SHORTEST_MATCH, LEVELS = 2, 3
+SHORTEST_MATCH, LEVELS = 2, 7
 """Tokens at the text's end that must have stood earlier; a match of level 0 has so many, one of the last level as many
 as LEVELS - 1 more, or any number beyond. In sampled text of the sample LM one guess in four is right at every level; in
 greedy text 57, 67 and 95 of 100."""
@@ -30,11 +31,13 @@ FIRST_RATE = 0.3
 PRIOR_GUESSES, OWN_GUESSES, COMMON_GUESSES = 2, 12, 64
 """Latest guesses that a rate tells of: when it begins, of one answer at most, of all answers at most."""
 WINDOW_STEPS, TIMED_STEPS = 9, 3
-"""Steps of which the median is taken, and how many make one."""
+"""Steps of which the shortest counts, and how many make it credible."""
 FRESH_STEPS = 32
 """Steps with drafts after which a plain one is timed again."""
 FORGET_STEPS = 256
 """Plain steps after which the times of steps with drafts are forgotten: the machine may have changed."""
+PATIENCE_STEPS, REST_STEPS = 4, 7
+"""So many plans in turn without a draft make a plain step more before the next, up to so many: looking is not free."""
 ALLOWANCE_STEPS, ALLOWANCE_LIMIT_STEPS, ALLOWANCE_GROWTH = 4.0, 8.0, 0.005
 """Plain steps that drafts may lose at first and at most, and what a plain step adds: the bound of the loss, 0.5 %."""
 
@@ -139,7 +142,7 @@ class Drafter:
 
 
 class Costs:
-    """Seconds of steps by their size: medians of the last few, because others use the machine too."""
+    """Seconds of steps by their size: the shortest of the last few, as what else the machine does only ever adds."""
 
     def __init__(self) -> None:
         self._windows: dict[int, deque[float]] = {}
@@ -154,7 +157,7 @@ class Costs:
     def get(self, size: int) -> float | None:
         """Seconds of a size that was timed often enough."""
         window = self._windows.get(size, ())
-        return sorted(window)[len(window) // 2] if len(window) >= TIMED_STEPS else None
+        return min(window) if len(window) >= TIMED_STEPS else None
 
     def line(self) -> list[float]:
         """Seconds of every size from 0 to 1 + DRAFT_TOKENS, on straight lines between those that were timed.
@@ -178,31 +181,83 @@ class Costs:
         self._windows.clear()
 
 
+class Answer(Protocol):
+    """A running answer."""
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """Guesses how it goes on; None: nobody may."""
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may still get."""
+
+
 class Speculation:
     """Decides for every step of one engine whether it decodes or verifies drafts."""
 
     def __init__(self) -> None:
-        self.rates = Rates()
-        """Of all answers; a new one begins with them."""
+        self._rates = {True: Rates(), False: Rates()}
+        """Of all greedy answers, and of all others, which repeat much less; a new one begins with those of its kind."""
         self._plain = Costs()
         """By the number of answers that were decoded together."""
         self._verify = Costs()
         """By the tokens that one answer's step read, its last one and the draft."""
         self._allowance = ALLOWANCE_STEPS
         self._verified_in_turn = self._decoded_in_turn = 0
+        self._forget_at = FORGET_STEPS
+        self._fruitless = self._rest = 0
 
-    def plan(self, running: Sequence[tuple[Drafter | None, int]]) -> list[list[int]] | None:
+    def drafter(self, tokens: Sequence[int], *, greedy: bool) -> Drafter:
+        """For a new answer: as Drafter says."""
+        return Drafter(tokens, self._rates[greedy])
+
+    def plan(self, running: Sequence[Answer]) -> list[list[int]] | None:
         """A draft for each answer, to be verified one after the other; None when decoding them together is better.
 
-        An answer is its drafter and the number of tokens that it may still get. Verifying must be expected to bring
-        every answer on faster: one that repeats nothing gets a token per step whatever the others do, and would only
-        wait for their drafts, so that there are none beside it.
+        Verifying must be expected to bring every answer on faster: one that repeats nothing gets a token per step
+        whatever the others do, and would only wait for their drafts, so that there are none beside it.
         """
-        if self._allowance <= 0 or self._verified_in_turn >= FRESH_STEPS:
+        if self._rest > 0:
+            self._rest -= 1
             return None
-        ready = [(drafter, left) for drafter, left in running if drafter is not None and drafter.look() and left > 1]
+        drafts = self._choose(running)
+        self._fruitless = self._fruitless + 1 if drafts is None else 0
+        self._rest = min(self._fruitless // PATIENCE_STEPS, REST_STEPS)
+        return drafts
+
+    def decoded(self, answers: int, span_s: float) -> None:
+        """`answers` were decoded together, by a token each."""
+        self._decoded_in_turn += 1
+        if self._rest > 0:
+            return
+        self._verified_in_turn = 0
+        self._plain.note(answers, span_s)
+        if answers == 1:
+            self._verify.note(1, span_s)
+
+    def verified(self, answers: int, size: int, given: int, span_s: float) -> None:
+        """One of `answers` read `size` tokens in one step, of which `given` became its own or ended it."""
+        self._verify.note(size, span_s)
+        self._allowance += ALLOWANCE_GROWTH * self._decoded_in_turn
+        self._decoded_in_turn, self._forget_at = 0, FORGET_STEPS
+        self._verified_in_turn += 1
+        plain_s = self._plain.get(answers)
+        if plain_s is not None:
+            # a pause of the machine is no reason: so many plain steps would take no longer
+            usual_s = self._verify.get(size) or min(span_s, size * plain_s)
+            self._allowance += given / answers - usual_s / plain_s
+        self._allowance = min(self._allowance, ALLOWANCE_LIMIT_STEPS)
+
+    def _choose(self, running: Sequence[Answer]) -> list[list[int]] | None:
+        if self._verified_in_turn >= FRESH_STEPS or self._allowance + ALLOWANCE_GROWTH * self._decoded_in_turn <= 0:
+            return None
+        ready = [(a.drafter, a.left) for a in running if a.drafter is not None and a.drafter.look() and a.left > 1]
         if len(ready) < len(running):
             return None
+        if self._decoded_in_turn >= self._forget_at:
+            self._verify.forget()
+            self._forget_at += FORGET_STEPS
         plain_s, costs_s = self._plain.get(len(running)), self._verify.line()
         if plain_s is None:
             return None
@@ -214,29 +269,6 @@ class Speculation:
             drafts.append(drafter.draft(count))
             gain, span_s = min(gain, expected[count]), span_s + cost_s
         return drafts if gain * plain_s >= MARGIN * span_s else None
-
-    def decoded(self, answers: int, span_s: float) -> None:
-        """`answers` were decoded together, by a token each."""
-        self._plain.note(answers, span_s)
-        if answers == 1:
-            self._verify.note(1, span_s)
-        self._allowance = min(self._allowance + ALLOWANCE_GROWTH, ALLOWANCE_LIMIT_STEPS)
-        self._verified_in_turn = 0
-        self._decoded_in_turn += 1
-        if self._decoded_in_turn % FORGET_STEPS == 0:
-            self._verify.forget()
-
-    def verified(self, answers: int, size: int, given: int, span_s: float) -> None:
-        """One of `answers` read `size` tokens in one step, of which `given` became its own or ended it."""
-        self._verify.note(size, span_s)
-        self._decoded_in_turn = 0
-        self._verified_in_turn += 1
-        plain_s = self._plain.get(answers)
-        if plain_s is not None:
-            # a pause of the machine is no reason: so many plain steps would take no longer
-            usual_s = self._verify.get(size) or min(span_s, size * plain_s)
-            ahead = given / answers - usual_s / plain_s
-            self._allowance = min(self._allowance + ahead, ALLOWANCE_LIMIT_STEPS)
 
 
 def _best(expected: list[float], costs_s: list[float], trial_s: float) -> tuple[int, float]:

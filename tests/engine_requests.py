@@ -12,7 +12,7 @@ from runtime.generation import End, Event, Generation
 from runtime.model import Float, Model
 from runtime.sampling import Sampling
 from runtime.slab import Shape
-from runtime.speculation import DRAFT_TOKENS, Drafter, Speculation
+from runtime.speculation import DRAFT_TOKENS, Answer, Drafter, Speculation
 from wire.serving import ExecutionOptions
 
 Loaded = TypeVar("Loaded", bound=Model)
@@ -71,9 +71,9 @@ class Reckless(Speculation):
         super().__init__()
         self._number = 0
 
-    def plan(self, running: Sequence[tuple[Drafter | None, int]]) -> list[list[int]] | None:
+    def plan(self, running: Sequence[Answer]) -> list[list[int]] | None:
         self._number += 1
-        drafts = [self._draft(drafter, left) for drafter, left in running if drafter is not None and left > 1]
+        drafts = [self._draft(a.drafter, a.left) for a in running if a.drafter is not None and a.left > 1]
         return drafts if len(drafts) == len(running) and self._number % 5 else None
 
     def _draft(self, drafter: Drafter, left: int) -> list[int]:

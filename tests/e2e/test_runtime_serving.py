@@ -251,6 +251,21 @@ def test_metrics_are_prometheus_text(node: Node) -> None:
     assert values[f'amperage_model_ready{{model="{MODEL}"}}'] == 1
 
 
+def test_answers_that_repeat_themselves_are_drafted_unless_the_settings_forbid_it(node: Node, tmp_path: Path) -> None:
+    """The machine that tests may be too busy for drafts to win; over so many tokens they are at least tried."""
+    long = {"model": MODEL, "messages": SAY, "max_tokens": 900, "temperature": 0, "ignore_eos": True}
+    assert ask(node.public, "POST", CHAT, long).status == 200
+    figures = stats(node)
+    assert 0 < figures.accepted_tokens <= figures.drafted_tokens
+    lines = ask(node.public, "GET", "/metrics").body.decode().splitlines()
+    counted = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
+    assert counted["amperage_drafted_tokens_total"] == figures.drafted_tokens
+    assert counted["amperage_accepted_tokens_total"] == figures.accepted_tokens
+    with running(tmp_path, base_version(), extra="speculation = false") as other:
+        assert ask(other.public, "POST", CHAT, long).status == 200
+        assert stats(other).drafted_tokens == 0
+
+
 def test_probe_over_the_admin_socket_answers_200_for_every_verdict(node: Node) -> None:
     path = f"/v2/repository/models/{MODEL}/probe"
     for candidate, verdict in [(base_version().decoded, ProbeVerdict.PASSED), ("0" * 64, ProbeVerdict.LOAD_FAILED)]:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
@@ -28,6 +29,14 @@ Step = Callable[[int], float]
 def costs(slope: float) -> Step:
     """In the sample LM a token more costs 0.32 of a plain step on two x86 cores."""
     return lambda size: PLAIN_S * (1 + slope * (size - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A running answer."""
+
+    drafter: Drafter | None
+    left: int = 100
 
 
 def brute_match(text: Sequence[int]) -> tuple[int, int] | None:
@@ -101,12 +110,12 @@ def play(
 ) -> tuple[float, float]:
     """Seconds that `answers` equal answers take with speculation and with plain steps, for `text` after its prompt."""
     grown = [list(text[:prompt]) for _ in range(answers)]
-    drafters = [Drafter(tokens, speculation.rates) for tokens in grown]
+    drafters = [speculation.drafter(tokens, greedy=True) for tokens in grown]
     plain_s = one_s * (1 + batch * (answers - 1))
     spent_s = 0.0
     while len(grown[0]) < len(text):
         left = len(text) - len(grown[0])
-        drafts = speculation.plan([(drafter, left) for drafter in drafters])
+        drafts = speculation.plan([Waiting(drafter, left) for drafter in drafters])
         if drafts is None:
             for tokens in grown:
                 tokens.append(text[len(tokens)])
@@ -195,9 +204,10 @@ def test_answer_that_repeats_nothing_waits_for_nobody() -> None:
     play(speculation, ordinary(5, 40) * 20, costs(0.32), prompt=40)
     for _ in range(9):
         speculation.decoded(2, PLAIN_S * 1.5)
-    repeats = Drafter([1, 2, 3, 4, 5] * 8, speculation.rates)
-    assert speculation.plan([(repeats, 100)]) is not None
-    assert speculation.plan([(repeats, 100), (repeats, 100)]) is not None
-    assert speculation.plan([(repeats, 100), (Drafter(list(range(40)), speculation.rates), 100)]) is None
-    assert speculation.plan([(repeats, 100), (None, 100)]) is None
-    assert speculation.plan([(repeats, 1)]) is None
+    repeats = speculation.drafter([1, 2, 3, 4, 5] * 8, greedy=True)
+    assert speculation.plan([Waiting(repeats)]) is not None
+    assert speculation.plan([Waiting(repeats), Waiting(repeats)]) is not None
+    unlike = speculation.drafter(list(range(40)), greedy=True)
+    assert speculation.plan([Waiting(repeats), Waiting(unlike)]) is None
+    assert speculation.plan([Waiting(repeats), Waiting(None)]) is None
+    assert speculation.plan([Waiting(repeats, 1)]) is None

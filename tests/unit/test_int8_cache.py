@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine_requests import ask, check_greedy, load
+from engine_requests import Reckless, ask, check_greedy, load
 from runtime_fixtures import PROJECT, Version, base_version, int8_cache_version
 
 from cli.main import main
@@ -112,6 +112,18 @@ def test_engine_batches_chunks_and_reuses_prefixes_as_with_a_float_cache(version
     assert again.wait().reason is Reason.LENGTH
     assert again.generation.cached == 299 // BLOCK_TOKENS * BLOCK_TOKENS
     check_greedy(reference, prompts[0], again.tokens)
+    engine.close()
+
+
+def test_drafts_change_no_answer(version: Version, window: list[int]) -> None:
+    engine = Engine("int8", load(2, 512, version=version), Stats(), max_queue=8, speculation=Reckless())
+    reference = load(1, 512, version=version)
+    asked = [ask(engine, prompt, 100) for prompt in (window[:40], window[50:60])]
+    for prompt, one in zip((window[:40], window[50:60]), asked, strict=True):
+        assert one.wait().reason is Reason.LENGTH
+        check_greedy(reference, prompt, one.tokens)
+    figures = engine.stats.snapshot()
+    assert figures.drafted_tokens > figures.accepted_tokens > 20
     engine.close()
 
 

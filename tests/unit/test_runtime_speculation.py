@@ -18,7 +18,7 @@ from runtime.model import Float, Model
 from runtime.prefix import BLOCK_TOKENS
 from runtime.sampling import COLUMNS, Sampling
 from runtime.slab import Shape
-from runtime.speculation import DRAFT_TOKENS, Drafter, Speculation
+from runtime.speculation import DRAFT_TOKENS, Answer, Speculation
 from runtime.stats import Stats
 from runtime.text import Text
 from wire.errors import Code
@@ -38,13 +38,13 @@ class Knowing(Speculation):
         super().__init__()
         self._text = list(text)
 
-    def plan(self, running: Sequence[tuple[Drafter | None, int]]) -> list[list[int]] | None:
-        ((drafter, left),) = running
-        if drafter is None:
+    def plan(self, running: Sequence[Answer]) -> list[list[int]] | None:
+        (answer,) = running
+        if answer.drafter is None:
             return None
-        drafter.look()
-        at = drafter._length
-        return [self._text[at : at + min(DRAFT_TOKENS, left - 1)]]
+        answer.drafter.look()
+        at = answer.drafter._length
+        return [self._text[at : at + min(DRAFT_TOKENS, answer.left - 1)]]
 
 
 class Clocked(Speculation):

@@ -40,11 +40,10 @@ class Child:
 
     def __init__(self, kind: str, model: str, threads: int) -> None:
         command = [sys.executable, "-m", "benchmarks.decoders", kind, model, str(threads)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(PEERS), str(LLAMA / "src")))}
-        environment |= {"LLAMA_CPP_LIB_PATH": str(LLAMA / "build" / "bin"), "OMP_NUM_THREADS": str(threads)}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=child_environment(threads),
+        )  # fmt: skip
         self.tell = self._answer()
 
     def seconds(self, **order: int) -> float:
@@ -67,6 +66,12 @@ class Child:
             raise PeerAbsent((errors.strip().splitlines() or ["it ended without a word"])[-1][:300])
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """The environment in which a child finds the peers."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(PEERS), str(LLAMA / "src")))}
+    return environment | {"LLAMA_CPP_LIB_PATH": str(LLAMA / "build" / "bin"), "OMP_NUM_THREADS": str(threads)}
 
 
 def probed_options(decoder: Decoder, threads: int) -> ExecutionOptions:

@@ -75,6 +75,7 @@ def _open(graph: Path, options: ExecutionOptions, config: Mapping[str, str], sav
     settings.inter_op_num_threads = 1
     settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     settings.log_severity_level = 3
+    settings.enable_cpu_mem_arena = False
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
     settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
     if options.spinning:

@@ -41,8 +41,8 @@ class Ours:
         from runtime.prepack import PrepackCache, load_model
         from runtime.slab import Shape
 
-        shape = Shape(1, min(CONTEXT_TOKENS, decoder.version.config.context_tokens))
-        build = partial(Model, decoder.directory, decoder.version.config, shape, options)
+        shape = Shape(1, min(CONTEXT_TOKENS, decoder.config.context_tokens))
+        build = partial(Model, decoder.directory, decoder.config, shape, options)
         self.model, stale = load_model(PrepackCache(CACHE), entry_of(decoder, options, prepack), "", build)
         if stale:
             raise RuntimeError(stale)
@@ -121,7 +121,7 @@ def _load(decoder: Decoder, order: dict[str, Any]) -> Loaded:
 def _slab_bytes(loaded: Loaded | None, decoder: Decoder) -> int:
     """Memory for keys and values: what is there of our slab, and all of llama.cpp's float16, which it clears."""
     if isinstance(loaded, Llama):
-        config = decoder.version.config
+        config = decoder.config
         return 2 * 2 * config.layers * config.kv_heads * config.head_size * CONTEXT_TOKENS
     if not isinstance(loaded, Ours):
         return 0

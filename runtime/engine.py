@@ -20,6 +20,7 @@ import structlog
 
 from runtime.generation import Deliveries, End, Generation, Reason, check_room, deliver_directly
 from runtime.keeping import Keeper
+from runtime.memory import trim_heap
 from runtime.model import PREFILL_TOKENS, Float, Interrupt, Model
 from runtime.pace import Pace
 from runtime.prefix import BLOCK_TOKENS
@@ -139,6 +140,7 @@ class Engine:
         """Block until there is something to do; False when closed."""
         if not self._has_work(IDLE_TRIM_S):
             self._slab.trim()
+            trim_heap()  # what steps took
             keeper = self._keeper
             if keeper is not None and not keeper.resting and not self._has_work(max(0.0, keeper.keep_s - IDLE_TRIM_S)):
                 keeper.rest(self._model)

@@ -70,7 +70,7 @@ def test_scales_are_on_the_grid_and_hold_what_the_text_makes_with_a_margin(versi
     for start in range(0, len(window), PREFILL_TOKENS):
         model.prefill(0, window[start : start + PREFILL_TOKENS], start)
     measured = measure_scales(base_version().directory, config, Int8Cache([window]), silent)
-    half = config.head_size // 2
+    half, clipped = config.head_size // 2, 0
     for layer in range(config.layers):
         keys, values = (part[0] for part in model.slab.parts(0, 1)[2 * layer : 2 * layer + 2])
         for part, name in enumerate(("key_scales", "value_scales")):
@@ -79,8 +79,10 @@ def test_scales_are_on_the_grid_and_hold_what_the_text_makes_with_a_margin(versi
             assert (to_bf16_grid(stored) == stored).all()
             largest = np.abs((keys, values)[part]).max(axis=1)
             assert (measured[layer, part] * 127 >= largest * (MARGIN * 0.99)).all()
-            assert np.mean(stored[0, :, 0] * 127 >= largest) > 0.99, "other text clips more than a channel in 100"
+            clipped += int(np.sum(stored[0, :, 0] * 127 < largest))
         assert (measured[layer, 0, :, :half] == measured[layer, 0, :, half:]).all(), "positions turn these around"
+    channels = 2 * config.layers * config.kv_heads * config.head_size
+    assert clipped < channels / 100, "text that was not the calibration's is clipped"
 
 
 def test_golden_vectors_keep_their_tolerance(version: Version) -> None:

@@ -1,6 +1,7 @@
 """Versions that cache keys and values as int8: what the forge makes, what it costs, and how the engine serves them."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,14 @@ def test_golden_vectors_keep_their_tolerance(version: Version) -> None:
     assert judged.worst_error < golden.tolerance / 2
 
 
-def test_quality_is_that_of_a_float_cache_within_a_two_hundredth(version: Version) -> None:
+def test_quality_is_that_of_a_float_cache_within_a_two_hundredth(version: Version, tmp_path: Path) -> None:
     figures = evaluate_version(version.directory, WINDOWS, 3)
     assert figures["perplexity"] < figures["perplexity_float_cache"] * 1.005
     assert figures["kl_nats_of_cache"] < 0.001
     assert figures["top1_agreement_of_cache"] > 0.97
-    assert "kl_nats_of_cache" not in evaluate_version(base_version().directory, WINDOWS, 1)
+    # onnx refuses weights with several hard links, which stores of other tests have made to the base
+    copied = Path(shutil.copytree(base_version().directory, tmp_path / "base"))
+    assert "kl_nats_of_cache" not in evaluate_version(copied, WINDOWS, 1)
 
 
 def test_engine_batches_chunks_and_reuses_prefixes_as_with_a_float_cache(version: Version, window: list[int]) -> None:

@@ -11,7 +11,8 @@ from agent.deployment import Ports, Runner
 from agent.lifecycle import is_end
 from agent.mailbox import Crashed, WorkDone
 from agent.orders import Accepted, judge_desired, needs_work
-from agent.telemetry import Window
+from agent.renewal import Renewal
+from agent.telemetry import Stale, Window
 from host import notify
 from host.link import LinkDown, LinkUp, Received
 from wire.errors import AmperageError, Code, StoreError
@@ -35,6 +36,7 @@ class Engine:
     def __init__(self, ports: Ports) -> None:
         self._ports = ports
         self._runner: Runner | None = None
+        self._renewal = Renewal(ports)
         self._accepted = Accepted(0, None)
         self._session = 0
         self._stopping = False
@@ -97,10 +99,7 @@ class Engine:
             case Received():
                 self._receive(message)
             case WorkDone():
-                if self._runner is not None and self._runner.take_result(message):
-                    return
-                if message.error is not None:
-                    log.info("work_ended_unwanted", code=message.error.code, detail=message.error.message)
+                self._work_done(message)
             case LinkUp():
                 self._session = message.session
                 log.info("link_up", client=message.client_id, session=message.session)
@@ -109,12 +108,23 @@ class Engine:
                 log.warning("link_down", client=message.client_id, reason=message.reason)
             case Window():
                 self._ports.reporter.add_telemetry(message.telemetry(self._ports.settings.node, self._ports.clock))
+            case Stale():
+                if self._runner is None:
+                    self._renewal.consider(message.rows)
             case Crashed():
                 raise message.error
             case Stop():
                 self._stopping = True
             case _:
                 raise TypeError(f"no message of the engine: {message!r}")
+
+    def _work_done(self, message: WorkDone) -> None:
+        if self._runner is not None and self._runner.take_result(message):
+            return
+        if self._renewal.take_result(message, may_write=self._runner is None):
+            return
+        if message.error is not None:
+            log.info("work_ended_unwanted", code=message.error.code, detail=message.error.message)
 
     def _receive(self, message: Received) -> None:
         topics, node = self._ports.topics, self._ports.settings.node

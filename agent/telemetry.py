@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from agent.energy import EnergySampler, attribute
@@ -45,6 +46,13 @@ class Window:
             node=node, boot_id="0" * 32, seq=1, first=1, time_s=clock.wall_s(), window_s=self.window_s,
             health=self.health, inference=self.inference, energy=self.energy,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Stale:
+    """Models that the runtime does not run as they were proved; it is told again as long as that is so."""
+
+    rows: tuple[ModelStats, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +113,20 @@ class Sampler:
                 continue
             due_s = now_s + self._settings.telemetry_interval_s
             stats = self._stats()
+            self._tell_stale(stats)
             if now_s - idle_since_s >= self._settings.telemetry_idle_interval_s or self._is_active(base, stats):
                 window, base = self._close(base, now_s, stats)
                 idle_since_s = now_s
-                try:
-                    self._control.put_nowait(window)
-                except queue.Full:
-                    continue  # the engine is far behind: one window less is the smallest harm
+                self._tell(window)
+
+    def _tell_stale(self, stats: RuntimeStats | None) -> None:
+        rows = tuple(row for row in stats.models if row.stale) if stats else ()
+        if rows:
+            self._tell(Stale(rows))
+
+    def _tell(self, message: Window | Stale) -> None:
+        with suppress(queue.Full):  # the engine is far behind: one message less is the smallest harm
+            self._control.put_nowait(message)
 
     def _is_active(self, base: Baseline, stats: RuntimeStats | None) -> bool:
         """Whether anything was asked of this node since the window began."""

@@ -8,6 +8,7 @@ import base64
 import contextlib
 import hashlib
 import random
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -331,11 +332,15 @@ class SimulatedRuntime:
     pid: int = 100
     tokens_per_s: float | None = 100.0
     serving: dict[str, str] = field(default_factory=dict)
+    options: ExecutionOptions = field(default_factory=lambda: ExecutionOptions(threads=1))
+    hold: threading.Event = field(default_factory=threading.Event)
+    """While it is clear, probes do not end."""
     probes: list[ProbeRequest] = field(default_factory=list)
     loads: list[str] = field(default_factory=list)
     unloads: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.hold.set()
         with contextlib.suppress(StoreError):
             self.serving = {entry.model: entry.decoded for entry in Store(self.store).serving().models}
 
@@ -343,7 +348,8 @@ class SimulatedRuntime:
         self._reach()
         self.probes.append(request)
         verdict = self.verdicts.get(request.candidate, ProbeVerdict.PASSED)
-        options = ExecutionOptions(threads=1) if verdict is ProbeVerdict.PASSED else None
+        self.hold.wait(10)
+        options = self.options if verdict is ProbeVerdict.PASSED else None
         prepack = digest_of(request.candidate.encode()) if options and request.prepack else None
         return ProbeReport(
             verdict=verdict, detail=verdict.value, options=options, prepack=prepack, cpu="x", tokens_per_s=100.0

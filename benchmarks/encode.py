@@ -82,7 +82,8 @@ class Batches:
 
     def __init__(self, encoder: Encoder) -> None:
         defaults = RuntimeSettings(store=Path("/"))
-        limits = Limits(defaults.encoder_batch_tokens, max(CLIENTS), defaults.encoder_queue_tokens)
+        batch, queued = defaults.encoder_batch_tokens, defaults.encoder_queue_tokens
+        limits = Limits(encoder.config.max_tokens, batch, max(CLIENTS), queued)
         self._batcher = Batcher("bench", encoder.config, Stats(), limits)
         self._batcher.start(encoder)
 

@@ -260,7 +260,8 @@ def _serving(request: Request) -> Loaded:
 def _model_row(version: Loaded) -> dict[str, Any]:
     entry = version.entry
     return {
-        "id": entry.model, "object": "model", "created": STARTED_S, "owned_by": "amperage", "version": entry.version,
+        "id": entry.model, "object": "model", "created": STARTED_S, "owned_by": "amperage",
+        "kind": version.document.config.kind, "version": entry.version,
         "decoded": entry.decoded, "context_tokens": version.capacity,
     }  # fmt: skip
 

@@ -57,6 +57,8 @@ def deliver_directly(endings: Endings) -> None:
 class Limits:
     """Bounds of a batcher."""
 
+    text_tokens: int
+    """Of one text."""
     batch_tokens: int
     queue_requests: int
     """That may be open beside the one that runs."""
@@ -145,11 +147,11 @@ class Batcher:
             # onnxruntime's gather reads outside the weights for such a token instead of failing
             raise InferenceError(Code.BAD_REQUEST, "input: a token is outside the model's vocabulary", 400)
         longest = max(map(len, texts))
-        if longest > config.max_tokens:
+        most = self._limits.text_tokens
+        if longest > most:
             raise InferenceError(
-                Code.CONTEXT_EXCEEDED,
-                f"a text has {longest} tokens and the model takes {config.max_tokens}; send shorter pieces of it", 400,
-            )  # fmt: skip
+                Code.CONTEXT_EXCEEDED, f"a text has {longest} tokens, {most} are taken; send shorter pieces of it", 400
+            )
         if sum(map(len, texts)) > self._limits.queue_tokens:
             raise InferenceError(
                 Code.BAD_REQUEST, f"one request may have {self._limits.queue_tokens} tokens; send fewer texts", 400

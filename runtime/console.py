@@ -74,10 +74,10 @@ class Chat:
 
     def _first_model(self) -> str:
         connection, response = fetch(self.socket, "GET", "/v1/models")
-        rows = json.loads(response.read(ANSWER_LIMIT_BYTES))["data"]
+        rows = [row for row in json.loads(response.read(ANSWER_LIMIT_BYTES))["data"] if row["kind"] == "decoder"]
         connection.close()
         if not rows:
-            raise TransferError(Code.NOT_READY, "no model is served; look at the runtime's log")
+            raise TransferError(Code.NOT_READY, "no language model is served; look at the runtime's log")
         self.model = str(rows[0]["id"])
         return self.model
 

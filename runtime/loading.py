@@ -108,9 +108,11 @@ class Loader:
 
     def _encoder(self, order: _Order, config: EncoderConfig) -> LoadedEncoder:
         entry, settings = order.entry, self._settings
+        capacity = min(settings.context_tokens, config.max_tokens)
         limits = Limits(
-            settings.encoder_batch_tokens, settings.max_queue, settings.encoder_queue_tokens, settings.encoder_wait_s
-        )
+            capacity, settings.encoder_batch_tokens, settings.max_queue, settings.encoder_queue_tokens,
+            settings.encoder_wait_s,
+        )  # fmt: skip
         batcher = Batcher(entry.model, config, Stats(), limits, order.deliver)
         try:
             stale = self._start(order, partial(Encoder, order.directory, config), batcher.start)
@@ -119,7 +121,7 @@ class Loader:
             raise
         return LoadedEncoder(
             entry=entry, document=order.document, text=order.text, config=config, engine=batcher,
-            capacity=config.max_tokens, packed=entry.prepack is not None and not stale, stale=stale,
+            capacity=capacity, packed=entry.prepack is not None and not stale, stale=stale,
         )  # fmt: skip
 
     def _start(

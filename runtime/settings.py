@@ -30,7 +30,8 @@ class RuntimeSettings(Settings):
     max_queue: Annotated[int, Field(ge=0, le=10_000)] = 64
     """Requests of one model that may wait for a slot; more are refused with 429."""
     context_tokens: Annotated[int, Field(ge=16, le=1 << 20)] = 4096
-    """Upper bound of prompt and answer together; a model with a shorter context keeps its own."""
+    """Upper bound of prompt and answer together, and of an encoder's text; a model with a shorter context keeps its
+    own."""
     kv_cache_bytes: Annotated[int, Field(ge=0)] = 0
     """Memory per model for keys and values, kept prefixes included; 0 means half of what is left when it loads."""
     prefix_cache_bytes: Annotated[int, Field(ge=0)] = 128 << 20

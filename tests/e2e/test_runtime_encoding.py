@@ -4,6 +4,7 @@ import base64
 import json
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -130,6 +131,23 @@ def test_each_kind_of_model_says_where_it_answers(node: Node) -> None:
         with pytest.raises(openai.BadRequestError, match="/v1/chat/completions"):
             client.embeddings.create(model=MODEL, input="Good evening")
         assert {model.id for model in client.models.list()} == {ENCODER, MODEL}
+
+
+def test_chat_by_hand_finds_the_language_model_behind_the_encoder(node: Node) -> None:
+    assert [row["kind"] for row in ask(node.public, "GET", "/v1/models").json()["data"]] == ["encoder", "decoder"]
+    command = [sys.executable, "-m", "runtime.main", "chat", "--socket", str(node.public), "--max-tokens", "4", "Good"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_settings_bound_the_length_of_a_text(tmp_path: Path) -> None:
+    with running(tmp_path, extra="context_tokens = 40") as node:
+        swap(node, encoder_version())
+        assert ask(node.public, "POST", PATH, {"model": ENCODER, "input": random_text(40)}).status == 200
+        refused = ask(node.public, "POST", PATH, {"model": ENCODER, "input": random_text(41)})
+        assert (refused.status, refused.json()["error"]["code"]) == (400, "context_exceeded")
+        assert ask(node.public, "GET", f"/v2/models/{ENCODER}").json()["parameters"]["max_tokens"] == 40
 
 
 def test_counters_of_an_encoder_are_those_of_reading(node: Node) -> None:

@@ -44,7 +44,7 @@ def test_any_mixture_of_texts_gets_what_each_gets_alone(
 ) -> None:
     encoder = load(precision)
     encoder.close = lambda: None  # type: ignore[method-assign]  # the next example uses it, too
-    batcher = started(Limits(batch_tokens, 10, 1 << 16), encoder)
+    batcher = started(Limits(150, batch_tokens, 10, 1 << 16), encoder)
     try:
         asked = [ask_batcher(batcher, [random_text(*text) for text in request]) for request in requests]
         for number in cancelled & set(range(len(asked))):

@@ -17,7 +17,7 @@ from wire.errors import Code, DeployError, InferenceError
 from wire.manifest import EncoderConfig
 from wire.serving import ExecutionOptions
 
-LIMITS = Limits(batch_tokens=256, queue_requests=3, queue_tokens=2000)
+LIMITS = Limits(text_tokens=150, batch_tokens=256, queue_requests=3, queue_tokens=2000)
 TOLERANCE = 1e-6
 """Of numbers of at most 1, in float32: sums in the order of another batch's kernels."""
 
@@ -65,7 +65,7 @@ def test_alone_text_runs_at_once(batcher: Batcher, encoder: HeldEncoder) -> None
 
 
 def test_free_session_waits_for_more_only_as_long_as_the_setting_allows(encoder: HeldEncoder) -> None:
-    batcher = started(Limits(20, 3, 2000, wait_s=30.0), encoder)
+    batcher = started(Limits(150, 20, 3, 2000, wait_s=30.0), encoder)
     try:
         first, second = ask_batcher(batcher, [random_text(5)]), ask_batcher(batcher, [random_text(15)])
         second.wait()
@@ -73,7 +73,7 @@ def test_free_session_waits_for_more_only_as_long_as_the_setting_allows(encoder:
         assert encoder.batches == [[5, 15]], "it began as soon as the batch was full"
     finally:
         batcher.close()
-    patient = started(Limits(20, 3, 2000, wait_s=0.01), HeldEncoder())
+    patient = started(Limits(150, 20, 3, 2000, wait_s=0.01), HeldEncoder())
     ask_batcher(patient, [random_text(5)]).wait()
     patient.close()
 
@@ -184,7 +184,7 @@ def test_request_that_can_never_run_is_refused(batcher: Batcher, texts: list[lis
 
 
 def test_end_of_the_batcher_ends_what_is_open(encoder: HeldEncoder) -> None:
-    batcher = started(Limits(256, 3, 2000, wait_s=60.0), encoder)
+    batcher = started(Limits(150, 256, 3, 2000, wait_s=60.0), encoder)
     asked = ask_batcher(batcher, [random_text(5)])
     batcher.close()
     assert (asked.fault().code, asked.fault().http_status) == (Code.NOT_READY, 503)
@@ -206,7 +206,7 @@ def test_replicas_share_the_queue() -> None:
     one, other = HeldEncoder(), HeldEncoder()
     for encoder in (one, other):
         encoder.held = True
-    batcher = started(Limits(10, 3, 2000), one, other)
+    batcher = started(Limits(150, 10, 3, 2000), one, other)
     asked = ask_batcher(batcher, [random_text(10, seed) for seed in range(6)])
     assert one.running.wait(20)
     assert other.running.wait(20), "the other replica slept although texts waited"

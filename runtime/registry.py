@@ -17,7 +17,6 @@ import structlog
 
 from host.files import read_bounded
 from runtime.budget import Sharing
-from runtime.cores import core_groups, own_cores
 from runtime.loaded import Loaded
 from runtime.loading import Deliver, Loader
 from runtime.memory import trim_heap
@@ -50,7 +49,6 @@ class Registry:
 
     def __init__(self, settings: RuntimeSettings) -> None:
         self._settings = settings
-        core_groups(settings.core_groups, own_cores())  # what is wrong with them ends the process here
         self._loader = Loader(settings)
         self._places: dict[str, Place] = {}
         self._one_load = asyncio.Lock()

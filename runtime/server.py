@@ -22,6 +22,7 @@ from host.notify import listen_fds, notify_ready, notify_stopping, notify_watchd
 from host.sockets import ADMIN_MODE, BACKLOG, PUBLIC_MODE, Listener, open_listener
 from runtime.admin import make_admin
 from runtime.api import make_api
+from runtime.cores import core_groups, own_cores
 from runtime.cpu import allowed_threads, detect_cpu
 from runtime.memory import limit_arenas
 from runtime.registry import Registry
@@ -66,6 +67,7 @@ class _Server(uvicorn.Server):
 
 def serve(settings: RuntimeSettings) -> None:
     """Serve until SIGTERM or SIGINT; open answers may end within `shutdown_grace_s`. Raises ConfigError."""
+    core_groups(settings.core_groups, own_cores())  # what is wrong with them must show before anybody connects
     inherited = list(listen_fds().values())
     public = open_listener(settings.public_socket, PUBLIC_MODE, inherited)
     try:

@@ -99,7 +99,7 @@ def run() -> Sequence[Row]:
 
 def _orders(decoder: Decoder, threads: int) -> dict[str, dict[str, Any]]:
     """What each subject loads; the caches are written first."""
-    from runtime.model import FLOAT_ACTIVATIONS
+    from runtime.ways import FLOAT_ACTIVATIONS
 
     one = ExecutionOptions(threads=threads)
     two = one.model_copy(update={"reading_config": FLOAT_ACTIVATIONS})

@@ -6,22 +6,23 @@ signal, no end) its parent tells (runtime/probe.py). It writes nothing but its r
 packed weights of a candidate that passed.
 """
 
+import math
 import os
 import resource
-import statistics
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from runtime.cpu import allowed_threads, detect_cpu
-from runtime.golden import Judgement
 from runtime.memory import resident_share
 from runtime.prepack import PrepackCache, PrepackKey
 from runtime.session import ONNXRUNTIME
-from runtime.subject import Subject, Way, check_text, load_subject
+from runtime.subject import Subject, check_text, load_subject
+from runtime.tuner import Tuner, in_turns
 from runtime.version import open_version, weights_bytes
+from runtime.ways import SPINNING, Figure, kernel_ways, remedies
 from wire.errors import AmperageError
 from wire.manifest import VersionDocument
 from wire.serving import ExecutionOptions, ProbeReport, ProbeVerdict
@@ -30,18 +31,22 @@ GIB = 1 << 30
 PACKING_FACTOR = 8
 """Address space per byte of weights: the map, the packed copy, its making, and the arena's doubling, twice over."""
 THREAD_BYTES = 16 << 20
-ROUNDS_LIMIT = 9
-MEASURE_BUDGET_S = 2.0
-QUICK_LOAD_S = 3.0
-"""Only a model that loads quickly is loaded again to try other options."""
-BETTER_BY = 1.05
-"""Other options must win clearly, because measurements on a serving node are noisy."""
+TUNING_S = 60.0
 USED_SHARE = 0.5
 """Least share of the mapped files that is in memory after the golden vectors ran, if the kernels read packed weights
 from there: what stays out are the weights as they were, and rows of the embedding that nobody asked for."""
 NICENESS = 5
 
 _MEMORY_SIGNS = ("bad_alloc", "failed to allocate", "cannot allocate memory", "memoryerror", "out of memory")
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """An execution provider to be tried beside `base`: a built-in one, or that of a plug-in library."""
+
+    base: ExecutionOptions
+    provider: str | None = None
+    library: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,10 @@ class Orders:
     """Whether prompts may have a session of their own, which packs the weights once more."""
     cache: Path | None = None
     """Where packed weights go; None: they stay on the heap."""
+    tuning_s: float = TUNING_S
+    """How long other ways to run it may be tried."""
+    foreign: Foreign | None = None
+    """Only this is tried."""
 
 
 def probe_candidate(orders: Orders) -> ProbeReport:
@@ -91,33 +100,51 @@ def peak_rss() -> int | None:
 
 
 def _probe(orders: Orders) -> ProbeReport:
-    threads = allowed_threads(orders.threads)
+    threads, until_s = allowed_threads(orders.threads), time.perf_counter() + orders.tuning_s
     document, _ = open_version(orders.candidate, _digest_name(orders.candidate))
     confine(orders.memory_bytes or _memory_bound(orders, document, threads))
-    began_s = time.perf_counter()
     check_text(orders.candidate, document)
-    candidate = load_subject(orders.candidate, document, ExecutionOptions(threads=threads))
-    load_s = time.perf_counter() - began_s
-    judged = candidate.judge()
-    if judged.fault:
-        return _report(ProbeVerdict.GOLDEN_MISMATCH, judged, load_s)
-    if load_s < QUICK_LOAD_S:
-        candidate = _best_reading(_best(candidate), apart=orders.reading_session)
-        judged = candidate.judge()
-        if judged.fault:
-            return _report(ProbeVerdict.GOLDEN_MISMATCH, judged, load_s)
-    candidate, kept = _packed(orders, candidate)
-    incumbent = _incumbent(orders, candidate.options)
-    speeds = _race(candidate.tokens_per_s, incumbent.tokens_per_s if incumbent else None)
-    return _report(ProbeVerdict.PASSED, judged, load_s).model_copy(
-        update={"tokens_per_s": speeds[0], "incumbent_tokens_per_s": speeds[1], "options": candidate.options} | kept
-    )
+    if orders.foreign is not None:
+        return _try_provider(orders.candidate, document, orders.foreign)
+    options, cpu = ExecutionOptions(threads=threads), detect_cpu()
+    tuner = Tuner(partial(load_subject, orders.candidate, document, options), until_s)
+    if tuner.judged.fault and not tuner.remedy(remedies(cpu)):
+        return _report(ProbeVerdict.GOLDEN_MISMATCH, tuner)
+    for way in kernel_ways(cpu):
+        tuner.attempt(way)
+    tuner.attempt_fewer_threads()
+    if tuner.best.options.threads > 1:
+        tuner.attempt(SPINNING)
+    for way in tuner.best.reading_ways(apart=orders.reading_session):
+        tuner.attempt(way)
+    kept = _packed(orders, tuner)
+    incumbent = _incumbent(orders, tuner.best.options)
+    speeds = in_turns([tuner.best, *([incumbent] if incumbent else [])], Figure.DECODE)
+    return _report(ProbeVerdict.PASSED, tuner).model_copy(
+        update={
+            "tokens_per_s": speeds[0][0], "incumbent_tokens_per_s": speeds[1][0] if incumbent else None,
+            "options": tuner.best.options, **kept,
+        }
+    )  # fmt: skip
 
 
-def _report(verdict: ProbeVerdict, judged: Judgement, load_s: float) -> ProbeReport:
+def _try_provider(directory: Path, document: VersionDocument, foreign: Foreign) -> ProbeReport:
+    """Another execution provider beside the best way on the CPU; the options of the report are the faster one's."""
+    tuner = Tuner(partial(load_subject, directory, document, foreign.base), math.inf)
+    if tuner.judged.fault:
+        return _report(ProbeVerdict.GOLDEN_MISMATCH, tuner)
+    tuner.attempt_provider(foreign.provider, foreign.library)
+    speed, _ = in_turns([tuner.best], Figure.DECODE)[0]
+    report = _report(ProbeVerdict.PASSED, tuner)
+    return report.model_copy(update={"tokens_per_s": speed, "options": tuner.best.options})
+
+
+def _report(verdict: ProbeVerdict, tuner: Tuner) -> ProbeReport:
+    judged = tuner.judged
     return ProbeReport(
         verdict=verdict, detail=judged.fault, golden_rows=judged.rows, golden_error=judged.worst_error,
-        golden_tolerance=judged.tolerance, top1_agreement=judged.top1_agreement, load_s=load_s,
+        golden_tolerance=judged.tolerance, top1_agreement=judged.top1_agreement, load_s=tuner.load_s,
+        trials=tuner.trials,
     )  # fmt: skip
 
 
@@ -132,71 +159,29 @@ def _incumbent(orders: Orders, options: ExecutionOptions) -> Subject | None:
         return None
 
 
-def _best(first: Subject) -> Subject:
-    """The fastest of a few ways to decode; the plain one unless another wins clearly."""
-    ways: list[Way] = [{"spinning": True}, {"threads": 1}] if first.options.threads > 1 else []
-    best = first
-    for way in ways:
-        best = _winner(best, first.options.model_copy(update=way), lambda subject: subject.tokens_per_s)
-    return best
-
-
-def _best_reading(best: Subject, *, apart: bool) -> Subject:
-    """The fastest of a few ways to read prompts."""
-    for way in best.reading_ways(apart=apart):
-        best = _winner(best, best.options.model_copy(update=way), lambda subject: subject.read_tokens_per_s)
-    return best
-
-
-def _winner(best: Subject, options: ExecutionOptions, figure: Callable[[Subject], Callable[[], float]]) -> Subject:
-    """`best`, or the same version with `options` when its figure is clearly higher; the other is closed."""
-    other = best.again(options)
-    mine, others = _race(figure(best), figure(other))
-    if mine is not None and others is not None and others > mine * BETTER_BY:
-        best, other = other, best
-    other.close()
-    return best
-
-
-def _packed(orders: Orders, candidate: Subject) -> tuple[Subject, dict[str, object]]:
-    """The candidate over packed weights in files and what the report says of them; as it was where that cannot be.
+def _packed(orders: Orders, tuner: Tuner) -> dict[str, object]:
+    """Have the best way run over packed weights in files; returns what the report says of them.
 
     They get their name only after the golden vectors passed from them, and from them indeed: onnxruntime packs onto the
     heap, without a word, what does not fit its kernels.
     """
     if orders.cache is None:
-        return candidate, {}
-    directory, document, options = candidate.directory, candidate.document, candidate.options
-    key = PrepackKey.of(document.decoded_digest(), str(detect_cpu()), ONNXRUNTIME, options)
+        return {}
+    best = tuner.best
+    key = PrepackKey.of(best.document.decoded_digest(), str(detect_cpu()), ONNXRUNTIME, best.options)
     try:
-        with PrepackCache(orders.cache).draft(key, directory, options, weights_bytes(document)) as draft:
-            mapped = candidate.again(options, draft.directory)
-            fault = mapped.judge().fault
-            if not fault and resident_share(draft.directory.resolve()) < USED_SHARE:
-                fault = "the kernels of this onnxruntime do not read packed weights from files"
-            if fault:
-                mapped.close()
-                return candidate, {"prepack_detail": fault}
-            digest = draft.commit()
+        with PrepackCache(orders.cache).draft(key, best.directory, best.options, weights_bytes(best.document)) as draft:
+            if not tuner.attempt_packed(draft.directory, lambda: _unused(draft.directory)):
+                return {"prepack_detail": tuner.trials[-1].detail}
+            return {"prepack": draft.commit(), "prepack_bytes": draft.size_bytes}
     except (AmperageError, MemoryError) as error:
-        return candidate, {"prepack_detail": str(error)[:2000]}
-    candidate.close()
-    return mapped, {"prepack": digest, "prepack_bytes": draft.size_bytes}
+        return {"prepack_detail": str(error)[:2000]}
 
 
-def _race(one: Callable[[], float], other: Callable[[], float] | None) -> tuple[float | None, float | None]:
-    """Median speeds of both, measured in turns so that what else the node does meets both alike."""
-    speeds: tuple[list[float], list[float]] = ([], [])
-    runs: list[tuple[list[float], Callable[[], float]]] = [(speeds[0], one)]
-    if other is not None:
-        runs.append((speeds[1], other))
-    until_s = time.perf_counter() + MEASURE_BUDGET_S
-    for _ in range(ROUNDS_LIMIT):
-        for found, run in runs:
-            found.append(run())
-        if time.perf_counter() > until_s:
-            break
-    return statistics.median(speeds[0]), statistics.median(speeds[1]) if other is not None else None
+def _unused(directory: Path) -> str:
+    if resident_share(directory.resolve()) >= USED_SHARE:
+        return ""
+    return "the kernels of this onnxruntime do not read packed weights from files"
 
 
 def _memory_bound(orders: Orders, document: VersionDocument, threads: int) -> int:

@@ -21,6 +21,7 @@ from runtime.keeping import Keeper
 from runtime.loaded import Loaded, LoadedDecoder, LoadedEncoder, foreign
 from runtime.model import Model
 from runtime.prepack import PrepackCache, load_model
+from runtime.providers import know_libraries, missing
 from runtime.replicas import Replicas
 from runtime.settings import RuntimeSettings
 from runtime.slab import Shape
@@ -58,6 +59,7 @@ class Loader:
 
     def __init__(self, settings: RuntimeSettings) -> None:
         self._settings = settings
+        know_libraries(settings.provider_libraries)
         self._cache = PrepackCache(settings.cache) if settings.cache is not None else None
 
     def load(self, entry: ServingModel, deliver: Deliver, old: Loaded | None, sharing: Sharing) -> Loaded:
@@ -132,10 +134,13 @@ class Loader:
         do not run as the entry says, or nothing.
         """
         entry, groups = order.entry, order.groups
-        stale = foreign(entry)
+        chosen, lacking = entry.options, missing(entry.options)
+        if lacking:  # as any node can run it
+            chosen = ExecutionOptions(threads=chosen.threads)
+        stale = foreign(entry) or lacking
         for group in groups:
-            threads = min(entry.options.threads, group_threads(self._settings.threads, group, len(groups)))
-            options = entry.options.model_copy(update={"threads": threads})
+            threads = min(chosen.threads, group_threads(self._settings.threads, group, len(groups)))
+            options = chosen.model_copy(update={"threads": threads})
             with confined(group):
                 load = partial(load_model, self._cache, entry, build=partial(make, options))
                 model, stale = load(stale)

@@ -1,4 +1,4 @@
-"""`amperage-runtime`: serve, probe, chat, top. onnxruntime is imported only by the commands that run models."""
+"""`amperage-runtime`: serve, probe, tune, chat, top. onnxruntime is imported only by the commands that run models."""
 
 import argparse
 import os
@@ -41,7 +41,18 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--memory-bytes", type=int, default=0, help="0 means a bound that follows from the weights")
     probe.add_argument("--one-session", action="store_true", help="no second packed copy of the weights for prompts")
     probe.add_argument("--cache", type=Path, help="where packed weights are kept; without it they stay on the heap")
+    probe.add_argument("--tuning-s", type=float, default=60.0, help="how long other ways to run it may be tried")
+    probe.add_argument("--base", help="options as JSON: only the provider or library named is tried, beside them")
+    probe.add_argument("--provider", help="an execution provider of this onnxruntime")
+    probe.add_argument("--library", help="NAME=PATH of a plug-in library with an execution provider")
     probe.set_defaults(run=_probe)
+
+    tune = commands.add_parser("tune", help="try every way to run a version here, and print what each is worth")
+    tune.add_argument("--settings", type=Path, default=DEFAULT_SETTINGS)
+    tune.add_argument("--model", help="of those that serve; the first when absent")
+    tune.add_argument("--version", help="any version of the store, by (the beginning of) its decoded digest")
+    tune.add_argument("--json", action="store_true", help="print the probe's whole report instead of a table")
+    tune.set_defaults(run=_tune)
 
     chat = commands.add_parser("chat", help="talk to a model of this node")
     chat.add_argument("--socket", type=Path, default=Path("/run/amperage/inference.sock"))
@@ -74,13 +85,21 @@ def _serve(chosen: argparse.Namespace) -> int:
 def _probe(chosen: argparse.Namespace) -> int:
     report = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what native code prints must not get into the report
-    from runtime.candidate import Orders, probe_candidate
+    from runtime.candidate import Foreign, Orders, probe_candidate
     from runtime.cores import parse_cores
-    from wire.documents import encode_document
+    from runtime.providers import know_libraries
+    from wire.documents import encode_document, parse_document
+    from wire.serving import ExecutionOptions
 
+    foreign = None
+    if chosen.base:
+        name, _, path = (chosen.library or "").partition("=")
+        know_libraries({name: Path(path)} if name else {})
+        base = parse_document(ExecutionOptions, chosen.base.encode())
+        foreign = Foreign(base, chosen.provider, name or None)
     orders = Orders(
         chosen.candidate, chosen.incumbent, chosen.threads, chosen.memory_bytes,
-        reading_session=not chosen.one_session, cache=chosen.cache,
+        reading_session=not chosen.one_session, cache=chosen.cache, tuning_s=chosen.tuning_s, foreign=foreign,
     )  # fmt: skip
     if chosen.cores:
         os.sched_setaffinity(0, parse_cores(chosen.cores))
@@ -88,6 +107,15 @@ def _probe(chosen: argparse.Namespace) -> int:
     with os.fdopen(report, "wb") as sink:
         sink.write(data + b"\n")
     return 0
+
+
+def _tune(chosen: argparse.Namespace) -> int:
+    from host.settings import load_settings
+    from runtime.settings import RuntimeSettings
+    from runtime.tune import tune
+
+    settings = load_settings(RuntimeSettings, chosen.settings)
+    return tune(settings, model=chosen.model, version=chosen.version, as_json=chosen.json)
 
 
 def _chat(chosen: argparse.Namespace) -> int:

@@ -27,6 +27,16 @@ def trim_heap() -> None:
         trim(0)
 
 
+def anonymous_bytes() -> int:
+    """Memory of this process that is no page of a file (proc(5), smaps_rollup); 0 where the kernel does not tell."""
+    try:
+        text = Path("/proc/self/smaps_rollup").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^Anonymous:\s+(\d+) kB", text, re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0
+
+
 def resident_share(directory: Path, smaps: Path = Path("/proc/self/smaps")) -> float:
     """Of what is mapped of files in `directory`, the share that is in memory (proc(5)); 0 when nothing is mapped."""
     mapped = resident = 0

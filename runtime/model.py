@@ -31,9 +31,6 @@ PREFILL_TOKENS = 128
 """Longest chunk of a prompt between two decode steps: it bounds the pause of running answers."""
 WIDE_TOKENS = 32
 """Shortest chunk for the session that reads prompts: below it, the one that decodes is faster at reading, too."""
-FLOAT_ACTIVATIONS = {"mlas.qnbit.force_fp32": "1"}
-"""Session settings by which x86 reads prompts 1.4 times as fast: int4 weights are spread to float32 in the cache and
-multiplied there (docs/adr/0009). onnxruntime has the setting on x86 only."""
 
 
 class Interrupt:

@@ -17,6 +17,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: the wheel phones
 
 import onnxruntime as ort
 
+from runtime.providers import CPU, library_devices, missing
 from runtime.version import GRAPH_FILE
 from wire.errors import Code, DeployError
 from wire.serving import ExecutionOptions
@@ -86,11 +87,15 @@ def _open(graph: Path, options: ExecutionOptions, config: Mapping[str, str], sav
         settings.add_session_config_entry(key, value)
     if save_as is not None:
         settings.optimized_model_filepath = str(save_as)
-    if options.provider not in ort.get_available_providers():
-        raise DeployError(Code.LOAD_FAILED, f"this onnxruntime has no {options.provider}; probe the version again")
+    why = missing(options)
+    if why:
+        raise DeployError(Code.LOAD_FAILED, f"{why}; probe the version again")
+    named = {} if options.library else {"providers": list(dict.fromkeys((options.provider, CPU)))}
+    if options.library:
+        settings.add_provider_for_devices(list(library_devices(options.library)), {})
     with _attention(flash=options.flash_attention):
         try:
-            return ort.InferenceSession(str(graph), settings, providers=[options.provider])
+            return ort.InferenceSession(str(graph), settings, **named)
         except Exception as error:
             raise DeployError(Code.LOAD_FAILED, f"onnxruntime refuses {graph}: {str(error)[:500]}") from error
 

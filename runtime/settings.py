@@ -25,6 +25,11 @@ class RuntimeSettings(Settings):
     reading_session: bool = True
     """Whether the probe may choose a second session that reads prompts faster (x86 only, 1.4 times) and packs the
     weights once more; false where memory is short."""
+    providers: Annotated[tuple[str, ...] | None, Field(strict=False)] = None
+    """Execution providers beside the CPU's that a probe tries, by their names in onnxruntime; absent: all it has."""
+    provider_libraries: dict[str, FilePath] = {}
+    """Plug-in libraries with execution providers that a probe tries, by names of your own. Each is loaded in a process
+    of its own there, and by the server only once it was right and faster."""
     max_slots: Annotated[int, Field(ge=1, le=64)] = 4
     """Requests of one model that are decoded together; each has a slot of KV cache."""
     max_queue: Annotated[int, Field(ge=0, le=10_000)] = 64

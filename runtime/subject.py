@@ -8,9 +8,10 @@ from typing import Protocol, Self
 
 from runtime.encoder import Encoder
 from runtime.golden import Judgement, judge_encoder, judge_model, read_embeddings, read_golden, run_prompt
-from runtime.model import FLOAT_ACTIVATIONS, PREFILL_TOKENS, WIDE_TOKENS, Model
+from runtime.model import PREFILL_TOKENS, WIDE_TOKENS, Model
 from runtime.slab import Shape
 from runtime.text import Text
+from runtime.ways import FLOAT_ACTIVATIONS, READING_SESSION, WHOLE_ATTENTION, Way
 from wire.errors import Code, DeployError
 from wire.golden import EmbeddingSet, GoldenSet
 from wire.manifest import DecoderConfig, EncoderConfig, VersionDocument
@@ -18,9 +19,6 @@ from wire.serving import ExecutionOptions
 
 MEASURED_TOKENS = 24
 MEASURED_PROMPT_TOKENS = 2 * PREFILL_TOKENS
-
-Way = dict[str, object]
-"""Execution options that differ from those of a subject."""
 
 
 class Subject(Protocol):
@@ -94,10 +92,9 @@ class DecoderSubject:
 
     def reading_ways(self, *, apart: bool) -> list[Way]:
         """With the other attention, and by a session with other kernels where this CPU has such."""
-        ways: list[Way] = [{"flash_attention": False}]
-        if apart and self.model.shape.capacity > WIDE_TOKENS and platform.machine() == "x86_64":
-            ways.append({"reading_config": FLOAT_ACTIVATIONS})
-        return ways
+        apart = apart and self.model.shape.capacity > WIDE_TOKENS and platform.machine() == "x86_64"
+        reads_so = FLOAT_ACTIVATIONS.items() <= self.options.session_config.items()
+        return [WHOLE_ATTENTION, *([READING_SESSION] if apart and not reads_so else [])]
 
     def again(self, options: ExecutionOptions, packed: Path | None = None) -> Self:
         """Raises DeployError(load_failed)."""

@@ -23,6 +23,8 @@ class ExecutionOptions(Command):
     """How to run a model on this node; chosen by the probe."""
 
     provider: str = "CPUExecutionProvider"
+    library: str | None = None
+    """Name of the plug-in library in the settings of the runtime that has the provider; None: it is built in."""
     threads: Annotated[int, Field(ge=1, le=1024)]
     spinning: bool = False
     session_config: dict[str, str] = {}
@@ -66,6 +68,35 @@ class ProbeVerdict(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
 
 
+class TrialOutcome(StrEnum):
+    """What became of one way to run a version."""
+
+    CHOSEN = "chosen"
+    BEATEN = "beaten"
+    WRONG = "wrong"
+    """Its golden vectors failed."""
+    FAILED = "failed"
+    """It did not load, or ended the process that tried it."""
+    SKIPPED = "skipped"
+    """There was no time for it."""
+
+
+class Trial(Report):
+    """One way to run a version that a probe looked at; figures are None where it was not measured."""
+
+    name: Text
+    options: ExecutionOptions
+    outcome: TrialOutcome
+    detail: Text = ""
+    tokens_per_s: float | None = None
+    read_tokens_per_s: float | None = None
+    ratio: float | None = None
+    """Its speed over that of the best way before it, measured in turns."""
+    golden_error: float | None = None
+    heap_bytes: Counter | None = None
+    load_s: float | None = None
+
+
 class ProbeRequest(Command):
     """Body of `POST /v2/repository/models/{model}/probe`; both are directories `versions/<decoded>` of the store."""
 
@@ -92,6 +123,8 @@ class ProbeReport(Report):
     load_s: float | None = None
     peak_rss_bytes: Counter | None = None
     options: ExecutionOptions | None = None
+    trials: Annotated[tuple[Trial, ...], Field(max_length=64)] = ()
+    """Ways that were looked at, in order."""
     prepack: Digest | None = None
     """Of the prepack cache, from which the golden vectors passed, too."""
     prepack_bytes: Counter | None = None

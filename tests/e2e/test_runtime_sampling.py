@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from runtime_fixtures import MODEL, Node, base_version, running
 
-from runtime.model import FLOAT_ACTIVATIONS
 from runtime.text import Text
+from runtime.ways import FLOAT_ACTIVATIONS
 
 pytestmark = pytest.mark.e2e
 SAY: Any = [{"role": "user", "content": "It was late in the evening when the"}]

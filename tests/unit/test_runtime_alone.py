@@ -18,9 +18,10 @@ from runtime_fixtures import base_version
 
 from runtime.engine import Engine
 from runtime.generation import Reason
-from runtime.model import FLOAT_ACTIVATIONS, PREFILL_TOKENS, Model, Shape
+from runtime.model import PREFILL_TOKENS, Model, Shape
 from runtime.sampling import Sampling
 from runtime.stats import Stats
+from runtime.ways import FLOAT_ACTIVATIONS
 from wire.serving import ExecutionOptions
 
 SAMPLING = Sampling(temperature=0.9, top_p=0.95, seed=11)

@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from runtime_fixtures import base_version
 
-from runtime.model import FLOAT_ACTIVATIONS, PREFILL_TOKENS, WIDE_TOKENS, Model
+from runtime.model import PREFILL_TOKENS, WIDE_TOKENS, Model
 from runtime.session import NO_FLASH_VARIABLE
 from runtime.slab import Shape
+from runtime.ways import FLOAT_ACTIVATIONS
 from wire.serving import ExecutionOptions
 
 TOLERANCE = 0.05

@@ -22,10 +22,11 @@ from runtime import prepack
 from runtime.candidate import USED_SHARE
 from runtime.cpu import detect_cpu
 from runtime.memory import resident_share
-from runtime.model import FLOAT_ACTIVATIONS, Model, Shape
+from runtime.model import Model, Shape
 from runtime.prepack import DOCUMENT_FILE, PrepackCache, PrepackDocument, PrepackKey, load_model
 from runtime.session import ONNXRUNTIME, save_sessions
 from runtime.version import weights_bytes
+from runtime.ways import FLOAT_ACTIVATIONS
 from wire.digest import digest_of
 from wire.documents import encode_document
 from wire.errors import ArtifactError, Code, StoreError

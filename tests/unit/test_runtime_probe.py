@@ -1,6 +1,7 @@
 """Every verdict of a probe, provoked for real in a real child."""
 
 import asyncio
+import json
 import os
 import platform
 import resource
@@ -19,10 +20,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from runtime_fixtures import Version, base_version, spoiled_version, tuned_version, wait_for
 
 from forge.build import reseal_version
-from runtime.probe import run_probe
+from runtime.probe import run_probe, with_provider
 from runtime.settings import RuntimeSettings
+from runtime.ways import FLOAT_ACTIVATIONS, FLOAT_EVERYWHERE
 from wire.documents import parse_document
-from wire.serving import ProbeReport, ProbeRequest, ProbeVerdict
+from wire.serving import ExecutionOptions, ProbeReport, ProbeRequest, ProbeVerdict, Trial, TrialOutcome
 
 
 @pytest.fixture
@@ -213,3 +215,83 @@ def test_session_for_prompts_is_chosen_only_where_the_settings_allow_it(versions
     assert chosen[False].options is not None
     assert chosen[False].options.reading_config is None
     assert chosen[False].golden_rows == chosen[True].golden_rows
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the remedy of x86")
+def test_version_that_only_other_kernels_compute_right_is_run_by_them(versions: Path, tmp_path: Path) -> None:
+    """Its golden vectors are judged more strictly than int8 activations can be, and float activations are."""
+    home = Path(shutil.copytree(base_version().directory, tmp_path / "strict"))
+    golden = json.loads((home / "golden.json").read_text())
+    (home / "golden.json").write_text(json.dumps(golden | {"tolerance": 0.001}))
+    report = probe(versions, install(versions, Version(home, reseal_version(home))))
+    assert report.verdict is ProbeVerdict.PASSED, report.detail
+    assert report.options is not None
+    assert report.options.session_config == FLOAT_ACTIVATIONS
+    assert report.golden_error is not None
+    assert report.golden_error < 0.001
+    assert (report.trials[0].outcome, report.trials[1].name) == (TrialOutcome.WRONG, FLOAT_EVERYWHERE.name)
+
+
+LIBRARIES = {
+    "offers nothing": "void *CreateEpFactories(void *a, void *b, void *c, void *d, unsigned long e, unsigned long *n)"
+    " { *n = 0; return 0; } void *ReleaseEpFactory(void *a) { return 0; }",
+    "dies": "#include <stdlib.h>\n__attribute__((constructor)) static void begin(void) { abort(); }",
+    "hangs": "#include <unistd.h>\n__attribute__((constructor)) static void begin(void) { for (;;) pause(); }",
+    "is no library": None,
+}
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="libraries are compiled here")
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("offers nothing", "offers no device"),
+        ("dies", "SIGABRT"),
+        ("hangs", "did not end"),
+        ("is no library", "failed"),
+    ],
+)
+def test_provider_library_that_is_worth_nothing_harms_nobody(
+    versions: Path, tmp_path: Path, what: str, told: str
+) -> None:
+    library, source = tmp_path / "provider.so", LIBRARIES[what]
+    if source is None:
+        library.write_bytes(b"not a library")
+    else:
+        subprocess.run(
+            ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)], input=source.encode(), check=True
+        )
+    settings = RuntimeSettings(store=versions.parent, threads=1, provider_libraries={"npu": library})
+    request = ProbeRequest(candidate=install(versions, base_version()))
+    report = asyncio.run(run_probe(versions, request, settings))
+    assert report.verdict is ProbeVerdict.PASSED
+    assert report.options is not None
+    assert report.options.library is None
+    row = report.trials[-1]
+    assert (row.name, row.outcome) == ("library npu", TrialOutcome.FAILED)
+    assert told in row.detail
+
+
+def test_provider_that_this_onnxruntime_has_not_is_told(versions: Path) -> None:
+    settings = RuntimeSettings(store=versions.parent, threads=1, providers=("AIOExecutionProvider",))
+    request = ProbeRequest(candidate=install(versions, base_version()))
+    report = asyncio.run(run_probe(versions, request, settings))
+    assert report.verdict is ProbeVerdict.PASSED
+    assert report.trials[-1].outcome is TrialOutcome.FAILED
+    assert "this onnxruntime has no AIOExecutionProvider" in report.trials[-1].detail
+
+
+def test_faster_provider_takes_the_place_of_the_cpus_options() -> None:
+    cpu, npu = ExecutionOptions(threads=2), ExecutionOptions(threads=2, provider="NpuExecutionProvider", library="npu")
+    mine = Trial(name="as it comes", options=cpu, outcome=TrialOutcome.CHOSEN)
+    report = ProbeReport(
+        verdict=ProbeVerdict.PASSED, options=cpu, tokens_per_s=10.0, trials=(mine,), prepack="a" * 64, prepack_bytes=1
+    )
+    row = Trial(name="library npu", options=npu, outcome=TrialOutcome.CHOSEN, ratio=3.0)
+    found = ProbeReport(verdict=ProbeVerdict.PASSED, options=npu, tokens_per_s=30.0, trials=(mine, row))
+    merged = with_provider(report, "library npu", found)
+    assert (merged.options, merged.tokens_per_s, merged.prepack) == (npu, 30.0, None)
+    assert [trial.outcome for trial in merged.trials] == [TrialOutcome.BEATEN, TrialOutcome.CHOSEN]
+    slow = found.model_copy(update={"options": cpu, "trials": (mine, row.model_copy(update={"ratio": 0.4}))})
+    assert with_provider(report, "library npu", slow).options == cpu
+    assert with_provider(report, "library npu", slow).prepack == "a" * 64

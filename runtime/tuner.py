@@ -1,0 +1,174 @@
+"""Which way to run a version is the fastest here that is right: one change after the other, each against the best.
+
+Runs in the probe child. Invariants: nothing is kept whose golden vectors are not right by the float32 reference; two
+ways are measured in turns, so that what else the node does meets both alike; another way must win clearly. Every way
+that was looked at leaves a row.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from runtime.golden import Judgement
+from runtime.memory import anonymous_bytes, trim_heap
+from runtime.providers import library_devices
+from runtime.subject import Subject
+from runtime.ways import Figure, Way, fewer_threads
+from wire.errors import AmperageError
+from wire.serving import ExecutionOptions, Trial, TrialOutcome
+
+ROUNDS_LEAST, ROUNDS_MOST = 3, 9
+MEASURE_BUDGET_S = 2.0
+BETTER_BY = 1.05
+"""Other options must win clearly, because measurements on a serving node are noisy."""
+PACKED_BETTER_BY = 0.9
+"""Weights from the cache save memory and are no slower, so it takes more than noise to do without them."""
+COST_FACTOR = 2.0
+"""Seconds to load and judge another way per second of the first load."""
+DETAIL_LIMIT = 300
+
+
+class Tuner:
+    """The best way so far, and what was tried. Ways are tried until `until_s` of time.perf_counter."""
+
+    def __init__(self, load: Callable[[], Subject], until_s: float) -> None:
+        """Load and judge the first way; raises what `load` raises."""
+        self._until_s = until_s
+        self._rows: list[Trial] = []
+        self.best, self.judged = self._look("as it comes", load)
+        self._best_row = 0
+        self._mark(0, TrialOutcome.WRONG if self.judged.fault else TrialOutcome.CHOSEN)
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """A row for each way, in the order of trying."""
+        return tuple(self._rows)
+
+    @property
+    def load_s(self) -> float:
+        """Seconds that the first load took."""
+        return self._rows[0].load_s or 0.0
+
+    def remedy(self, ways: list[Way]) -> bool:
+        """Where the first way is wrong, take the first of `ways` that is right; False when none is."""
+        first = self.best
+        return any(
+            self._try(way.name, way.applied(first.options), partial(first.again, way.applied(first.options)), _suits)
+            for way in ways
+        )
+
+    def attempt(self, way: Way, better_by: float = BETTER_BY) -> bool:
+        """Try one way; True when it is the best from now on."""
+        options = way.applied(self.best.options)
+        if options == self.best.options:
+            return False
+        if time.perf_counter() + COST_FACTOR * self.load_s + MEASURE_BUDGET_S > self._until_s:
+            self._rows.append(Trial(name=way.name, options=options, outcome=TrialOutcome.SKIPPED))
+            return False
+        return self._try(
+            way.name, options, partial(self.best.again, options), lambda other: self._race(other, way.figure, better_by)
+        )  # fmt: skip
+
+    def attempt_fewer_threads(self) -> None:
+        """Half of the threads, as long as that is better."""
+        while (way := fewer_threads(self.best.options)) is not None and self.attempt(way):
+            continue
+
+    def attempt_provider(self, provider: str | None, library: str | None) -> bool:
+        """The best way with another execution provider, which a `library` names itself when it is loaded."""
+        options = self.best.options.model_copy(update={"library": library, "provider": provider or ""})
+
+        def load() -> Subject:
+            named = provider or library_devices(library or "")[0].ep_name
+            return self.best.again(options.model_copy(update={"provider": named}))
+
+        name = f"provider {provider}" if provider else f"library {library}"
+        return self._try(name, options, load, lambda other: self._race(other, Figure.BOTH, BETTER_BY))
+
+    def attempt_packed(self, directory: Path, check: Callable[[], str]) -> bool:
+        """The best way over packed weights in `directory`, unless `check` says what is wrong with them after a run."""
+        options = self.best.options
+
+        def wins(other: Subject) -> str:
+            return check() or self._race(other, Figure.BOTH, PACKED_BETTER_BY)
+
+        return self._try("weights from the cache", options, partial(self.best.again, options, directory), wins)
+
+    def _try(
+        self, name: str, options: ExecutionOptions, load: Callable[[], Subject], beaten: Callable[[Subject], str]
+    ) -> bool:
+        """Load and judge another; it is the best when it is right and `beaten` has nothing to say."""
+        try:
+            other, judged = self._look(name, load)
+        except (AmperageError, MemoryError) as error:
+            failed = Trial(name=name, options=options, outcome=TrialOutcome.FAILED, detail=str(error)[:DETAIL_LIMIT])
+            self._rows.append(failed)
+            return False
+        row = len(self._rows) - 1
+        why = judged.fault or beaten(other)
+        if why:
+            self._mark(row, TrialOutcome.WRONG if judged.fault else TrialOutcome.BEATEN, why)
+            other.close()
+            return False
+        if not self.judged.fault:
+            self._mark(self._best_row, TrialOutcome.BEATEN)
+        self.best.close()
+        self.best, self.judged, self._best_row = other, judged, row
+        self._mark(row, TrialOutcome.CHOSEN)
+        return True
+
+    def _look(self, name: str, load: Callable[[], Subject]) -> tuple[Subject, Judgement]:
+        """Load and judge, and write a row about it."""
+        trim_heap()
+        before, began_s = anonymous_bytes(), time.perf_counter()
+        subject = load()
+        load_s = time.perf_counter() - began_s
+        judged = subject.judge()
+        trim_heap()
+        self._rows.append(
+            Trial(
+                name=name, options=subject.options, outcome=TrialOutcome.BEATEN, golden_error=judged.worst_error,
+                heap_bytes=max(0, anonymous_bytes() - before), load_s=load_s,
+            )
+        )  # fmt: skip
+        return subject, judged
+
+    def _race(self, other: Subject, figure: Figure, better_by: float) -> str:
+        """Measure the best and `other`, whose row is the last, in turns; says why it is beaten, or nothing."""
+        mine, others = in_turns((self.best, other), figure)
+        ratio = figure.of(*others) / figure.of(*mine)
+        for row, speeds in ((self._best_row, mine), (len(self._rows) - 1, others)):
+            found = {"tokens_per_s": speeds[0], "read_tokens_per_s": speeds[1]}
+            self._rows[row] = self._rows[row].model_copy(update={k: v for k, v in found.items() if v == v})
+        self._rows[-1] = self._rows[-1].model_copy(update={"ratio": ratio})
+        return "" if ratio > better_by else f"{ratio:.2f} times the speed of the best"
+
+    def _mark(self, row: int, outcome: TrialOutcome, detail: str = "") -> None:
+        self._rows[row] = self._rows[row].model_copy(update={"outcome": outcome, "detail": detail[:DETAIL_LIMIT]})
+
+
+def in_turns(subjects: Sequence[Subject], figure: Figure) -> list[tuple[float, float]]:
+    """Median tokens per second of generating and of reading, nan for what `figure` does not ask, per subject."""
+    samples: list[tuple[list[float], list[float]]] = [([], []) for _ in subjects]
+    until_s = time.perf_counter() + MEASURE_BUDGET_S
+    for count in range(ROUNDS_MOST):
+        if count >= ROUNDS_LEAST and time.perf_counter() > until_s:
+            break
+        for subject, (decode, read) in zip(subjects, samples, strict=True):
+            if figure is not Figure.READ:
+                decode.append(subject.tokens_per_s())
+            if figure is not Figure.DECODE:
+                read.append(subject.read_tokens_per_s())
+    return [(_median(decode), _median(read)) for decode, read in samples]
+
+
+def _median(values: list[float]) -> float:
+    return statistics.median(values) if values else math.nan
+
+
+def _suits(other: Subject) -> str:
+    del other
+    return ""

@@ -1,0 +1,71 @@
+"""Ways to run a version: what may be changed about how onnxruntime runs it, and how a change is judged. Pure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from runtime.cpu import Cpu
+from wire.serving import ExecutionOptions
+
+PROMPT_SHARE = 0.8
+"""Tokens of a typical request that are read; the rest are generated."""
+
+FLOAT_ACTIVATIONS = {"mlas.qnbit.force_fp32": "1"}
+"""Session settings by which x86 reads prompts 1.4 times as fast: int4 weights are spread to float32 in the cache and
+multiplied there (docs/adr/0009). onnxruntime has the setting on x86 only."""
+
+
+class Figure(StrEnum):
+    """What two ways are compared by."""
+
+    DECODE = "decode"
+    READ = "read"
+    BOTH = "both"
+
+    def of(self, decode: float, read: float) -> float:
+        """Tokens per second of generating, of reading, or of a request that does both."""
+        if self is Figure.DECODE:
+            return decode
+        return read if self is Figure.READ else 1 / (PROMPT_SHARE / read + (1 - PROMPT_SHARE) / decode)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One change of the options."""
+
+    name: str
+    figure: Figure
+    change: Mapping[str, object] = field(default_factory=dict)
+    config: Mapping[str, str] = field(default_factory=dict)
+    """Session settings that are added."""
+
+    def applied(self, options: ExecutionOptions) -> ExecutionOptions:
+        """`options` with the change."""
+        config = {**options.session_config, **self.config}
+        return options.model_copy(update={**self.change, "session_config": config})
+
+
+WITHOUT_KLEIDIAI = Way("without KleidiAI", Figure.BOTH, config={"mlas.disable_kleidiai": "1"})
+BFLOAT16 = Way("bfloat16 products", Figure.BOTH, config={"mlas.enable_gemm_fastmath_arm64_bfloat16": "1"})
+FLOAT_EVERYWHERE = Way("float activations", Figure.BOTH, config=FLOAT_ACTIVATIONS)
+SPINNING = Way("spinning threads", Figure.DECODE, {"spinning": True})
+WHOLE_ATTENTION = Way("attention by whole matrices", Figure.READ, {"flash_attention": False})
+READING_SESSION = Way("a session that reads", Figure.READ, {"reading_config": FLOAT_ACTIVATIONS})
+
+
+def kernel_ways(cpu: Cpu) -> list[Way]:
+    """Other kernels that this CPU has; what onnxruntime ignores on it is not listed."""
+    if cpu.machine != "aarch64":
+        return []
+    return [WITHOUT_KLEIDIAI, *([BFLOAT16] if "bf16" in cpu.features else [])]
+
+
+def remedies(cpu: Cpu) -> list[Way]:
+    """Ways that may be right where the usual one is not, because they round less (onnxruntime issue 29849)."""
+    return [WITHOUT_KLEIDIAI] if cpu.machine == "aarch64" else [FLOAT_EVERYWHERE]
+
+
+def fewer_threads(options: ExecutionOptions) -> Way | None:
+    """Half of them, None when there is one: more than the memory feeds only wait for each other."""
+    half = options.threads // 2
+    return Way(f"{half} thread{'s' if half > 1 else ''}", Figure.BOTH, {"threads": half}) if half else None

@@ -1,0 +1,219 @@
+"""The tuner keeps the fastest way that is right, says what became of every other, and holds one version in memory."""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from runtime_fixtures import base_version
+
+from runtime.cpu import Cpu
+from runtime.golden import Judgement
+from runtime.subject import load_subject
+from runtime.tuner import Tuner
+from runtime.ways import (
+    BFLOAT16,
+    FLOAT_EVERYWHERE,
+    SPINNING,
+    WHOLE_ATTENTION,
+    WITHOUT_KLEIDIAI,
+    Figure,
+    Way,
+    fewer_threads,
+    kernel_ways,
+    remedies,
+)  # fmt: skip
+from wire.errors import Code, DeployError
+from wire.manifest import VersionDocument
+from wire.serving import ExecutionOptions, TrialOutcome
+
+N1 = Cpu("aarch64", "neoverse-n1", ("asimdhp", "asimddp"))
+AMPERE_ONE = Cpu("aarch64", "ampere-1", ("asimdhp", "asimddp", "i8mm", "bf16"))
+X86 = Cpu("x86_64", "family-6-model-207", ("avx2", "avx512_bf16"))
+OPTIONS = ExecutionOptions(threads=4)
+CHOSEN, BEATEN, WRONG = TrialOutcome.CHOSEN, TrialOutcome.BEATEN, TrialOutcome.WRONG
+
+
+@dataclass
+class Bench:
+    """Speeds and faults of every way to run a simulated version, and how many copies of it are in memory."""
+
+    decode: Callable[[ExecutionOptions], float] = lambda options: 10.0
+    read: Callable[[ExecutionOptions], float] = lambda options: 100.0
+    fault: Callable[[ExecutionOptions], str] = lambda options: ""
+    packed: float = 1.0
+    """Speed over packed weights, of that without."""
+    refuses: Callable[[ExecutionOptions], bool] = lambda options: False
+    loaded: int = 0
+    most: int = 0
+
+
+@dataclass
+class Simulated:
+    """A subject that computes nothing."""
+
+    bench: Bench
+    options: ExecutionOptions
+    directory: Path = Path()
+    document: VersionDocument = field(default_factory=lambda: base_version().document)
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.bench.refuses(self.options):
+            raise DeployError(Code.LOAD_FAILED, "no such kernel")
+        self.bench.loaded += 1
+        self.bench.most = max(self.bench.most, self.bench.loaded)
+
+    def judge(self) -> Judgement:
+        return Judgement(1, 0.01, 0.1, 1.0, self.bench.fault(self.options))
+
+    def tokens_per_s(self) -> float:
+        return self.factor * self.bench.decode(self.options)
+
+    def read_tokens_per_s(self) -> float:
+        return self.factor * self.bench.read(self.options)
+
+    def reading_ways(self, *, apart: bool) -> list[Way]:
+        del apart
+        return [WHOLE_ATTENTION]
+
+    def again(self, options: ExecutionOptions, packed: Path | None = None) -> Self:
+        return replace(self, options=options, factor=self.bench.packed if packed else 1.0)
+
+    def close(self) -> None:
+        self.bench.loaded -= 1
+
+
+def tuner_on(bench: Bench, until_s: float = math.inf) -> Tuner:
+    return Tuner(lambda: Simulated(bench, OPTIONS), until_s)
+
+
+def outcomes(tuner: Tuner) -> dict[str, TrialOutcome]:
+    return {trial.name: trial.outcome for trial in tuner.trials}
+
+
+@pytest.mark.parametrize(
+    ("cpu", "kernels", "rescue"),
+    [(N1, [WITHOUT_KLEIDIAI], WITHOUT_KLEIDIAI), (AMPERE_ONE, [WITHOUT_KLEIDIAI, BFLOAT16], WITHOUT_KLEIDIAI),
+     (X86, [], FLOAT_EVERYWHERE)],
+)  # fmt: skip
+def test_kernels_are_those_that_the_core_has(cpu: Cpu, kernels: list[Way], rescue: Way) -> None:
+    assert kernel_ways(cpu) == kernels
+    assert remedies(cpu) == [rescue]
+
+
+def test_change_keeps_what_was_chosen_before() -> None:
+    both = BFLOAT16.applied(WITHOUT_KLEIDIAI.applied(OPTIONS))
+    assert both.session_config == {**WITHOUT_KLEIDIAI.config, **BFLOAT16.config}
+    assert SPINNING.applied(both).session_config == both.session_config
+    assert SPINNING.applied(both).spinning
+
+
+def test_figures_weigh_reading_and_generating() -> None:
+    assert Figure.DECODE.of(10, math.nan) == 10
+    assert Figure.READ.of(math.nan, 100) == 100
+    assert Figure.BOTH.of(50, 50) == pytest.approx(50)
+    assert Figure.BOTH.of(10, 100) < Figure.BOTH.of(12, 100) < Figure.BOTH.of(12, 120)
+
+
+def test_faster_way_is_kept_and_the_slower_closed() -> None:
+    bench = Bench(decode=lambda options: 13.0 if options.spinning else 10.0)
+    tuner = tuner_on(bench)
+    assert tuner.attempt(SPINNING)
+    assert tuner.best.options.spinning
+    assert outcomes(tuner) == {"as it comes": BEATEN, "spinning threads": CHOSEN}
+    assert tuner.trials[1].ratio == pytest.approx(1.3)
+    assert (tuner.trials[1].tokens_per_s, tuner.trials[0].tokens_per_s) == (13.0, 10.0)
+    assert (bench.loaded, bench.most) == (1, 2)
+
+
+@pytest.mark.parametrize("speed", [9.0, 10.0, 10.4])
+def test_way_that_does_not_win_clearly_is_not_kept(speed: float) -> None:
+    bench = Bench(decode=lambda options: speed if options.spinning else 10.0)
+    tuner = tuner_on(bench)
+    assert not tuner.attempt(SPINNING)
+    assert not tuner.best.options.spinning
+    assert outcomes(tuner) == {"as it comes": CHOSEN, "spinning threads": BEATEN}
+    assert bench.loaded == 1
+
+
+def test_faster_way_that_is_wrong_is_never_kept() -> None:
+    bench = Bench(read=lambda o: 900.0 if o.session_config else 100.0, fault=lambda o: "wrong" * bool(o.session_config))
+    tuner = tuner_on(bench)
+    assert not tuner.attempt(BFLOAT16)
+    assert outcomes(tuner)[BFLOAT16.name] is WRONG
+    assert tuner.trials[-1].detail == "wrong"
+    assert not tuner.judged.fault
+    assert bench.loaded == 1
+
+
+def test_way_that_does_not_load_leaves_a_row() -> None:
+    bench = Bench(refuses=lambda options: not options.flash_attention)
+    tuner = tuner_on(bench)
+    assert not tuner.attempt(WHOLE_ATTENTION)
+    assert outcomes(tuner)[WHOLE_ATTENTION.name] is TrialOutcome.FAILED
+    assert "no such kernel" in tuner.trials[-1].detail
+    assert bench.loaded == 1
+
+
+def test_way_that_changes_nothing_is_not_tried_and_one_without_time_is_named() -> None:
+    tuner = tuner_on(Bench(), until_s=-math.inf)
+    assert not tuner.attempt(Way("nothing", Figure.BOTH))
+    assert not tuner.attempt(SPINNING)
+    assert outcomes(tuner) == {"as it comes": CHOSEN, "spinning threads": TrialOutcome.SKIPPED}
+
+
+def test_threads_are_halved_as_long_as_that_is_better() -> None:
+    bench = Bench(decode=lambda o: 40.0 / o.threads, read=lambda o: 400.0 if o.threads > 1 else 50.0)
+    tuner = tuner_on(bench)
+    tuner.attempt_fewer_threads()
+    assert tuner.best.options.threads == 2
+    assert outcomes(tuner) == {"as it comes": BEATEN, "2 threads": CHOSEN, "1 thread": BEATEN}
+    assert fewer_threads(ExecutionOptions(threads=1)) is None
+
+
+def test_remedy_is_taken_where_the_usual_way_is_wrong() -> None:
+    bench = Bench(fault=lambda options: "" if options.session_config else "golden error")
+    tuner = tuner_on(bench)
+    assert tuner.judged.fault
+    assert tuner.remedy(remedies(X86))
+    assert not tuner.judged.fault
+    assert outcomes(tuner) == {"as it comes": WRONG, FLOAT_EVERYWHERE.name: CHOSEN}
+    assert bench.loaded == 1
+
+
+def test_nothing_is_chosen_where_no_remedy_helps() -> None:
+    tuner = tuner_on(Bench(fault=lambda options: "golden error"))
+    assert not tuner.remedy(remedies(N1))
+    assert set(outcomes(tuner).values()) == {WRONG}
+    assert tuner.judged.fault
+
+
+def test_packed_weights_are_done_without_when_they_are_not_used_or_much_slower() -> None:
+    bench = Bench()
+    tuner = tuner_on(bench)
+    assert not tuner.attempt_packed(Path("cache"), lambda: "nobody reads them")
+    assert tuner.trials[-1].detail == "nobody reads them"
+    assert tuner.attempt_packed(Path("cache"), lambda: "")
+    assert bench.loaded == 1
+    assert not tuner_on(Bench(packed=0.8)).attempt_packed(Path("cache"), lambda: "")
+
+
+def test_real_way_that_is_slower_by_far_is_beaten_with_the_same_answers() -> None:
+    version = base_version()
+    tuner = Tuner(lambda: load_subject(version.directory, version.document, ExecutionOptions(threads=1)), math.inf)
+    assert not tuner.attempt(Way("without packing", Figure.BOTH, config={"session.disable_prepacking": "1"}))
+    first, other = tuner.trials
+    assert (first.outcome, other.outcome) == (CHOSEN, BEATEN)
+    assert other.ratio is not None
+    assert other.ratio < 0.5
+    assert first.heap_bytes is not None
+    assert other.heap_bytes is not None
+    assert other.heap_bytes < first.heap_bytes
+    tuner.best.close()

@@ -20,7 +20,7 @@ from runtime.ways import Figure, Way, fewer_threads
 from wire.errors import AmperageError
 from wire.serving import ExecutionOptions, Trial, TrialOutcome
 
-ROUNDS_LEAST, ROUNDS_MOST = 3, 9
+ROUNDS_LEAST, ROUNDS_MOST = 3, 21
 MEASURE_BUDGET_S = 2.0
 BETTER_BY = 1.05
 """Other options must win clearly, because measurements on a serving node are noisy."""

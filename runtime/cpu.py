@@ -21,12 +21,16 @@ ARM_CORES = {
     ("0xc0", "0xac3"): "ampere-1",  # AmpereOne
     ("0xc0", "0xac4"): "ampere-1a",  # AmpereOne M
     ("0xc0", "0xac5"): "ampere-1b",
+    ("0x00", "0x051"): "qemu-max",  # implementer 0 is reserved for software; QEMU target/arm/tcg/cpu64.c
 }
 """(implementer, part) of /proc/cpuinfo; Linux arch/arm64/include/asm/cputype.h."""
 
+EMULATED = "emulated"
+"""The core of an Arm process whose /proc/cpuinfo names none: older qemu-user shows it that of the machine below."""
+
 _AT_HWCAP, _AT_HWCAP2 = 16, 26
 _HWCAP = {"asimdhp": 1 << 10, "asimddp": 1 << 20, "sve": 1 << 22}
-_HWCAP2 = {"sve2": 1 << 1, "i8mm": 1 << 13, "bf16": 1 << 14, "sme": 1 << 23}
+_HWCAP2 = {"sve2": 1 << 1, "i8mm": 1 << 13, "bf16": 1 << 14, "sme": 1 << 23, "sme2": 1 << 37}
 """Linux arch/arm64/include/uapi/asm/hwcap.h."""
 
 _X86_FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
@@ -34,7 +38,8 @@ _X86_FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "a
 
 @dataclass(frozen=True, slots=True)
 class Cpu:
-    """A kind of CPU. `core` is a key of ARM_CORES' values, `arm-<implementer>-<part>`, or the x86 family and model."""
+    """A kind of CPU. `core` is a value of ARM_CORES, `arm-<implementer>-<part>`, EMULATED, `arm` when nothing is known,
+    or the x86 family and model."""
 
     machine: str
     core: str
@@ -94,7 +99,7 @@ def _arm_core(cpuinfo: str) -> str:
     """The first core speaks for all: servers do not mix cores."""
     implementer, part = _field(cpuinfo, "CPU implementer"), _field(cpuinfo, "CPU part")
     if not implementer or not part:
-        return "arm"
+        return EMULATED if cpuinfo else "arm"
     return ARM_CORES.get((implementer, part), f"arm-{implementer}-{part}")
 
 

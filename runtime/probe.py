@@ -30,7 +30,7 @@ PROVIDER_S, PROVIDER_FACTOR = 5.0, 2.0
 """How long the trial of a provider may take: to load a library, and of the time that all ways of the CPU took."""
 REPORT_LIMIT_BYTES = 64 * 1024
 ERROR_TAIL_BYTES = 1200
-_KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR")
+_KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR", "QEMU_CPU")
 
 
 async def run_probe(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from runtime_fixtures import Version, base_version
+from runtime_fixtures import SLOWNESS, Version, base_version
 
 from runtime.engine import Engine
 from runtime.generation import End, Event, Generation
@@ -105,7 +105,7 @@ class Asked:
         self.some.set()
 
     def wait(self) -> End:
-        assert self.ended.wait(20)
+        assert self.ended.wait(20 * SLOWNESS)
         assert self.end is not None
         return self.end
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from openai import OpenAI
 from safetensors.numpy import save_file
 
+from codec.versions import read_version
 from forge.build import build_version, reseal_version
 from forge.cache_scales import Int8Cache
 from host.unix_http import UnixConnection
@@ -32,6 +33,8 @@ from wire.serving import ExecutionOptions, Serving, ServingModel
 PROJECT = Path(__file__).resolve().parents[1]
 MODEL = "tales"
 Seen = TypeVar("Seen")
+SLOWNESS = 8.0 if "QEMU_CPU" in os.environ else 1.0
+"""What deadlines are multiplied by: on an emulated CPU everything takes ten to sixty times as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +55,12 @@ class Version:
 
 @cache
 def built(checkpoint: str, version: str, cache_choice: Int8Cache | None = None) -> Version:
-    """A sample checkpoint as a version, made once per test run."""
+    """A sample checkpoint as a version, made once per test run, or by another machine (tests/arm/forged.py)."""
     home = Path(tempfile.mkdtemp(prefix="amperage-runtime-"))
     atexit.register(shutil.rmtree, home)
+    if forged := os.environ.get("AMPERAGE_FORGED"):
+        shutil.copytree(Path(forged, f"{checkpoint}-int8-cache" if cache_choice else checkpoint), home / "version")
+        return Version(home / "version", read_version(home / "version"))
     source = PROJECT / "samples" / checkpoint
     document = build_version(source, home / "version", (MODEL, version), cache=cache_choice)
     return Version(home / "version", document)
@@ -117,7 +123,7 @@ def spoiled_version(home: Path) -> Version:
     return Version(home, reseal_version(home))
 
 
-def wait_for(what: str, look: Callable[[], Seen | None], timeout_s: float = 20.0) -> Seen:
+def wait_for(what: str, look: Callable[[], Seen | None], timeout_s: float = 20.0 * SLOWNESS) -> Seen:
     """Poll `look` until it returns something true."""
     deadline = time.monotonic() + timeout_s
     while True:

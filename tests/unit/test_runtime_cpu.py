@@ -6,10 +6,31 @@ from pathlib import Path
 import pytest
 
 from runtime.cpu import allowed_threads, cgroup_quota, detect_cpu
+from scripts.arm_cpuinfo import cpuinfo
 
-ALTRA = "processor\t: 0\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU part\t: 0xd0c\n"
 ALTRA_HWCAP = ((1 << 10) | (1 << 20), 0)
 AMPERE_ONE_HWCAP = ((1 << 10) | (1 << 20), (1 << 13) | (1 << 14))
+N1 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp ssbs"
+AMPERE_ONE = (
+    "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm jscvt fcma lrcpc dcpop sha3 "
+    "asimddp sha512 asimdfhm dit uscat ilrcpc flagm ssbs sb dcpodp flagm2 frint i8mm bf16 rng bti ecv"
+)
+
+
+def arm_cpuinfo(implementer: str, variant: str, part: str, revision: int, features: str, processors: int = 2) -> str:
+    """/proc/cpuinfo as c_show of Linux arch/arm64/kernel/cpuinfo.c prints it."""
+    return "".join(
+        f"processor\t: {number}\nBogoMIPS\t: 50.00\nFeatures\t: {features}\nCPU implementer\t: {implementer}\n"
+        f"CPU architecture: 8\nCPU variant\t: {variant}\nCPU part\t: {part}\nCPU revision\t: {revision}\n\n"
+        for number in range(processors)
+    )
+
+
+ALTRA = arm_cpuinfo("0x41", "0x3", "0xd0c", 1, N1, 80)
+XEON = (
+    "processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 207\nmodel name\t: Some Xeon\n"
+    "flags\t\t: fpu avx2 avx512_vnni\n\n"
+)
 
 
 def place(root: Path, files: dict[str, str]) -> Path:
@@ -21,31 +42,53 @@ def place(root: Path, files: dict[str, str]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("implementer", "part", "hwcap", "expected"),
+    ("cpuinfo", "hwcap", "expected"),
     [
-        ("0x41", "0xd0c", ALTRA_HWCAP, "aarch64 neoverse-n1 asimdhp,asimddp"),
-        ("0xc0", "0xac3", AMPERE_ONE_HWCAP, "aarch64 ampere-1 asimdhp,asimddp,i8mm,bf16"),
-        ("0xc0", "0xac4", AMPERE_ONE_HWCAP, "aarch64 ampere-1a asimdhp,asimddp,i8mm,bf16"),
-        ("0x51", "0x001", (0, 0), "aarch64 arm-0x51-0x001 baseline"),
+        (ALTRA, ALTRA_HWCAP, "aarch64 neoverse-n1 asimdhp,asimddp"),
+        (arm_cpuinfo("0xc0", "0x0", "0xac3", 0, AMPERE_ONE), AMPERE_ONE_HWCAP,
+         "aarch64 ampere-1 asimdhp,asimddp,i8mm,bf16"),
+        (arm_cpuinfo("0xc0", "0x0", "0xac4", 1, AMPERE_ONE), AMPERE_ONE_HWCAP,
+         "aarch64 ampere-1a asimdhp,asimddp,i8mm,bf16"),
+        (arm_cpuinfo("0x41", "0x0", "0xd4f", 1, f"{AMPERE_ONE} sve sve2"),
+         (ALTRA_HWCAP[0] | 1 << 22, AMPERE_ONE_HWCAP[1] | 1 << 1),
+         "aarch64 neoverse-v2 asimdhp,asimddp,sve,sve2,i8mm,bf16"),
+        (arm_cpuinfo("0x41", "0x0", "0xd08", 3, "fp asimd evtstrm crc32 cpuid"), (0, 0),
+         "aarch64 arm-0x41-0xd08 baseline"),
+        (arm_cpuinfo("0x00", "0x0", "0x051", 0, "fp asimd"), (0, 1 << 23 | 1 << 37), "aarch64 qemu-max sme,sme2"),
     ],
-)
+    ids=["altra", "ampereone", "ampereone-m", "grace", "raspberry-pi-4", "qemu"],
+)  # fmt: skip
 def test_arm_core_is_named_by_its_part_and_hwcap(
-    tmp_path: Path, implementer: str, part: str, hwcap: tuple[int, int], expected: str
+    tmp_path: Path, cpuinfo: str, hwcap: tuple[int, int], expected: str
 ) -> None:
-    text = ALTRA.replace("0x41", implementer).replace("0xd0c", part)
-    root = place(tmp_path, {"proc/cpuinfo": text})
-    assert str(detect_cpu(root, "aarch64", hwcap)) == expected
+    assert str(detect_cpu(place(tmp_path, {"proc/cpuinfo": cpuinfo}), "aarch64", hwcap)) == expected
+
+
+def test_features_are_those_of_the_process_and_not_of_the_text(tmp_path: Path) -> None:
+    root = place(tmp_path, {"proc/cpuinfo": ALTRA})
+    assert detect_cpu(root, "aarch64", AMPERE_ONE_HWCAP).features == ("asimdhp", "asimddp", "i8mm", "bf16")
 
 
 def test_arm_without_cpuinfo_is_still_described(tmp_path: Path) -> None:
     assert str(detect_cpu(tmp_path, "aarch64", ALTRA_HWCAP)) == "aarch64 arm asimdhp,asimddp"
 
 
+def test_arm_process_that_sees_the_cpuinfo_of_an_x86_is_called_emulated(tmp_path: Path) -> None:
+    root = place(tmp_path, {"proc/cpuinfo": XEON})
+    assert str(detect_cpu(root, "aarch64", ALTRA_HWCAP)) == "aarch64 emulated asimdhp,asimddp"
+
+
 def test_x86_is_named_by_family_model_and_flags(tmp_path: Path) -> None:
-    text = "cpu family\t: 6\nmodel\t\t: 207\nmodel name\t: Some Xeon\nflags\t\t: fpu avx2 avx512_vnni\n"
-    assert str(detect_cpu(place(tmp_path, {"proc/cpuinfo": text}), "x86_64")) == (
+    assert str(detect_cpu(place(tmp_path, {"proc/cpuinfo": XEON}), "x86_64")) == (
         "x86_64 family-6-model-207 avx2,avx512_vnni"
     )
+
+
+def test_cpuinfo_of_an_emulated_core_is_read_like_the_one_of_linux(tmp_path: Path) -> None:
+    root = place(tmp_path, {"proc/cpuinfo": cpuinfo(80, 0x413FD0C1, ("asimdhp", "asimddp"))})
+    assert str(detect_cpu(root, "aarch64", ALTRA_HWCAP)) == "aarch64 neoverse-n1 asimdhp,asimddp"
+    shown, linux = (text.splitlines() for text in ((root / "proc/cpuinfo").read_text(), ALTRA))
+    assert [line for line in shown if "Features" not in line] == [line for line in linux if "Features" not in line]
 
 
 def test_this_machine_is_described_the_same_twice() -> None:

@@ -223,6 +223,8 @@ class Engine:
         """For each running answer what its draft has in common with what is drawn, and the token where they part."""
         deliveries: Deliveries = []
         for generation, draft in zip(self._slots.running, drafts, strict=True):
+            if generation.cancelled is not None:  # while the others' were verified
+                continue
             began_s = time.perf_counter()
             try:
                 logits = self._model.verify(generation.slot, [generation.tokens[-1], *draft], generation.length)

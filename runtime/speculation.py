@@ -15,8 +15,8 @@ from typing import Protocol
 
 SHORTEST_MATCH, LEVELS = 2, 7
 """Tokens at the text's end that must have stood earlier; a match of level 0 has so many, one of the last level as many
-as LEVELS - 1 more, or any number beyond. In sampled text of the sample LM one guess in four is right at every level; in
-greedy text 57, 67 and 95 of 100."""
+as LEVELS - 1 more, or any number beyond. Of the sample LM's guesses after 2, 3, 4 and 8 tokens 56, 78, 88 and 97 of 100
+are right in greedy answers, and 20 and 12 after 2 and 3 tokens at temperature 1, where longer matches hardly occur."""
 PLACES = 16
 """Latest places of the shortest match among which the longest is sought: the bound of a token's work."""
 DRAFT_TOKENS = 7

@@ -1,6 +1,7 @@
 """Drafts in the engine over the real sample model: they may change when tokens come, never which."""
 
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -270,6 +271,32 @@ def test_draft_that_fails_fails_its_request_and_the_engine_goes_on(prompts: list
         check_greedy(reference, prompt, one.tokens)
     assert engine.stats.snapshot().failures == 1
     assert ask(engine, prompts[2], 30).wait().reason is Reason.LENGTH
+    engine.close()
+
+
+def test_answer_cancelled_while_another_is_verified_is_not_verified_any_more(
+    prompts: list[list[int]], reference: Model
+) -> None:
+    model = load_counted(Shape(SLOTS, CAPACITY))
+    engine = Engine("test", model, Stats(), max_queue=4, speculation=Reckless())
+    begun, known = threading.Event(), threading.Event()
+    seen: list[int] = []
+
+    def cancel_second(step: str) -> None:
+        if step == "verify" and len(engine._slots.running) == 2 and not seen:
+            begun.set()
+            assert known.wait(20)
+            engine.cancel(second.generation)
+            seen.append(len(second.generation.tokens))
+
+    model.before = cancel_second
+    first, second = ask(engine, prompts[0], 60), ask(engine, prompts[1], 60)
+    assert begun.wait(20)
+    known.set()
+    assert second.wait().reason is Reason.CANCELLED
+    assert first.wait().reason is Reason.LENGTH
+    assert seen == [len(second.generation.tokens)]
+    check_greedy(reference, prompts[0], first.tokens)
     engine.close()
 
 

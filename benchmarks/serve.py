@@ -2,6 +2,7 @@
 
 Both servers are processes of their own with the same weights, threads and slots, asked by the same client in turns.
 Every prompt of the eight streams is new, so that no prefix cache helps; the warm prompt is an earlier one that goes on.
+Ours drafts nothing: answers of random weights repeat themselves, which would flatter it (scripts/bench speculation).
 """
 
 import json
@@ -163,7 +164,7 @@ def _warm(server: Server | PeerAbsent, seeds: Iterator[int]) -> Subject:
 def _ours(decoder: Decoder, threads: int, groups: Sequence[str] = ()) -> Iterator[Server]:
     """The runtime with the options that its probe chooses, with a replica in each of `groups`."""
     slots = STREAMS // max(1, len(groups))
-    settings = {"max_slots": slots, "context_tokens": CONTEXT_TOKENS, "core_groups": list(groups)}
+    settings = {"max_slots": slots, "context_tokens": CONTEXT_TOKENS, "core_groups": list(groups), "speculation": False}
     options = probed_options(decoder, threads)
     with runtime_server([(decoder.directory, decoder.version)], options, settings) as server:
         yield Server(server.public, ours=True)

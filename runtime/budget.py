@@ -95,6 +95,15 @@ def available_bytes(root: Path = Path("/")) -> tuple[int | None, str]:
     return min(found, default=(None, "/proc/meminfo"))
 
 
+def check_room(needed: int, available: int | None, limit: str) -> None:
+    """Raise DeployError(load_failed) with the arithmetic when what is `available` is less than `needed` bytes."""
+    if available is not None and available < needed:
+        raise DeployError(
+            Code.LOAD_FAILED,
+            f"{mib(available)} left ({limit}), {mib(needed)} needed; free memory, or serve fewer models",
+        )
+
+
 def plan_slab(config: DecoderConfig, settings: RuntimeSettings, room: Room) -> tuple[Shape, str]:
     """The slab for a model, and the arithmetic that led to it.
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import structlog
 
 from runtime.batcher import Batcher, Limits
-from runtime.budget import Room, Sharing, available_bytes, heap_bytes, plan_slab
+from runtime.budget import Room, Sharing, available_bytes, check_room, heap_bytes, plan_slab
 from runtime.cores import Cores, confined, core_groups, group_threads, own_cores
 from runtime.encoder import Encoder
 from runtime.engine import Engine
@@ -145,7 +145,7 @@ class Loader:
                 load = partial(load_model, self._cache, entry, build=partial(make, options))
                 model, stale = load(stale)
                 keep_s = self._settings.keep_alive_s
-                again = partial(_model_of, partial(load, stale))
+                again = partial(_load_again, order, partial(load, stale))
                 start(model, Keeper(entry.model, again, keep_s) if keep_s else None)
         return stale
 
@@ -157,9 +157,7 @@ class Loader:
         self, replicas: int, entry: ServingModel, document: VersionDocument, config: DecoderConfig, sharing: Sharing
     ) -> Shape:
         """The slab of one of `replicas`, which share the budget of the model."""
-        sessions = replicas * (1 if entry.options.reading_config is None else 2)
-        mapped = entry.prepack is not None and not foreign(entry)
-        weights = heap_bytes(weights_bytes(document), sessions, mapped=mapped)
+        weights = replicas * _heap_bytes(entry, document)
         budgets = ("kv_cache_bytes", "prefix_cache_bytes")
         each = self._settings.model_copy(update={name: getattr(self._settings, name) // replicas for name in budgets})
         sharing = replace(sharing, to_come=(1 + sharing.to_come) * replicas - 1)
@@ -168,5 +166,16 @@ class Loader:
         return shape
 
 
-def _model_of(load: Callable[[], tuple[Made, str]]) -> Made:
-    return load()[0]
+def _heap_bytes(entry: ServingModel, document: VersionDocument) -> int:
+    """What one replica will take for weights and steps."""
+    sessions = 1 if entry.options.reading_config is None else 2
+    return heap_bytes(weights_bytes(document), sessions, mapped=entry.prepack is not None and not foreign(entry))
+
+
+def _load_again(order: _Order, load: Callable[[], tuple[Made, str]]) -> Made:
+    """One replica of what rested. Raises DeployError when others took its memory meanwhile, and what `load` raises."""
+    check_room(_heap_bytes(order.entry, order.document), *available_bytes())
+    model, stale = load()
+    if stale:
+        _log.warning("model does not run as it was proved", model=order.entry.model, why=stale)
+    return model

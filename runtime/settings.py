@@ -51,7 +51,8 @@ class RuntimeSettings(Settings):
     encoder_wait_s: Annotated[float, Field(ge=0, le=1)] = 0.0
     """How long a text may wait for others to be read with while the encoder is free."""
     keep_alive_s: Annotated[float, Field(ge=0)] = 0.0
-    """How long after its last request a model keeps its memory; the next request loads it again. 0 is for ever."""
+    """How long after its last request a model keeps its memory, language models at least 5 s; the next request loads it
+    again. 0 is for ever."""
     request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0
     """From the last byte of a request to the last byte of its answer."""
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 20.0

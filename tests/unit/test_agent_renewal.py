@@ -106,9 +106,11 @@ def test_runtime_that_is_away_is_asked_again(node: Node) -> None:
     node.runtime.reachable = False
     complain(node)
     settle(node)
+    assert node.runtime.loads == []
     node.runtime.reachable = True
     complain(node)
     node.run_until(lambda: node.runtime.loads)
+    assert len(node.runtime.loads) == 1
 
 
 def test_version_that_does_not_serve_any_more_is_left_alone(node: Node) -> None:

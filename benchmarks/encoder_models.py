@@ -21,9 +21,10 @@ from benchmarks.decoder_models import ROOT
 from codec.versions import VERSION_FILE, read_version
 from forge.build import build_version
 from forge.encoder_checkpoint import EncoderCheckpoint
-from forge.encoder_graph import EncoderLayer, EncoderWeights, Norm
+from forge.encoder_graph import EncoderLayer, EncoderWeights, Linear, Norm
 from forge.encoder_weights import place_encoder
-from forge.graph import CONTRIB, GraphBuilder
+from forge.graph import CONTRIB, GraphBuilder, Matrix
+from forge.placer import Placer
 from forge.quantise import Precision
 from forge.reference import MODEL_FILE
 from forge.weights import Placed, writing_weights
@@ -77,7 +78,7 @@ def padded_graph() -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         with writing_weights(temporary) as writer:
-            weights = place_encoder(EncoderCheckpoint(_checkpoint()), writer, precision=Precision.FLOAT32)
+            weights = place_encoder(EncoderCheckpoint(_checkpoint()), Placer(writer, {}, Precision.FLOAT32))
         (temporary / MODEL_FILE).write_bytes(_padded(weights).SerializeToString())
         temporary.rename(home)
     return home / MODEL_FILE
@@ -165,13 +166,18 @@ def _padded(weights: EncoderWeights) -> ModelProto:
     return b.model("padded", inputs, [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["B", hidden])])
 
 
+def _multiply(b: GraphBuilder, name: str, source: str, linear: Linear) -> str:
+    assert isinstance(linear.matrix, Matrix)  # in float32
+    return b.matmul(name, source, linear.matrix)
+
+
 def _padded_layer(b: GraphBuilder, name: str, rows: str, layer: EncoderLayer) -> str:
     def norm(part: str, sources: list[str], norm: Norm, bias: Placed) -> str:
         inputs = [*sources, b.vector(f"{part}.weight", norm.weight), b.vector(f"{part}.shift", norm.bias)]
         inputs.append(b.vector(f"{part}.bias", bias))
         return b.node("SkipLayerNormalization", inputs, [part], CONTRIB, epsilon=1e-12)
 
-    qkv = b.matmul(f"{name}.qkv", rows, layer.qkv.matrix)
+    qkv = _multiply(b, f"{name}.qkv", rows, layer.qkv)
     parts = [f"{name}.{part}" for part in ("query", "key", "value")]
     b.node("Split", [qkv], parts, axis=-1, num_outputs=3)
     bias = b.vector(f"{name}.qkv.bias", layer.qkv.bias)
@@ -179,9 +185,9 @@ def _padded_layer(b: GraphBuilder, name: str, rows: str, layer: EncoderLayer) ->
         "MultiHeadAttention", [*parts, bias, "lengths"], [f"{name}.mixed"], CONTRIB,
         num_heads=MINILM["num_attention_heads"],
     )  # fmt: skip
-    added = b.matmul(f"{name}.output", mixed, layer.output.matrix)
+    added = _multiply(b, f"{name}.output", mixed, layer.output)
     rows = norm(f"{name}.attention_norm", [added, rows], layer.attention_norm, layer.output.bias)
-    up = b.matmul(f"{name}.up", rows, layer.up.matrix)
+    up = _multiply(b, f"{name}.up", rows, layer.up)
     active = b.node("BiasGelu", [up, b.vector(f"{name}.up.bias", layer.up.bias)], [f"{name}.active"], CONTRIB)
-    added = b.matmul(f"{name}.down", active, layer.down.matrix)
+    added = _multiply(b, f"{name}.down", active, layer.down)
     return norm(f"{name}.mlp_norm", [added, rows], layer.mlp_norm, layer.down.bias)

@@ -16,6 +16,7 @@ from onnx import ModelProto
 from tokenizers import Tokenizer
 
 from codec.versions import VERSION_FILE, read_version, stream_bytes
+from forge.activations import measure_activations
 from forge.cache_scales import Int8Cache, measure_scales, place_scales
 from forge.checkpoint import Checkpoint
 from forge.decoder_weights import place_weights
@@ -25,6 +26,7 @@ from forge.encoder_reference import shipped_encoder, twin_encoder
 from forge.encoder_weights import place_encoder
 from forge.golden import golden_texts, make_embedding_set, make_golden
 from forge.graph import build_graph
+from forge.placer import Placer
 from forge.progress import Progress, silent
 from forge.quantise import Float, Precision
 from forge.reference import MODEL_FILE, shipped_judge, twin_judge
@@ -147,12 +149,13 @@ def _make_encoder(source: Path, out: Path, choices: _Choices) -> tuple[ModelConf
         raise ConfigError("an encoder keeps no keys and values; leave the cache's type out")
     checkpoint = EncoderCheckpoint(source)
     a, precision = checkpoint.architecture, choices.precision or ENCODER_PRECISION
-    with writing_weights(out) as writer:
-        weights = place_encoder(
-            checkpoint, writer, base_scales=choices.base_scales, precision=precision, progress=choices.progress
-        )
-    _write_graph(out, build_encoder_graph(a, weights))
     _copy_tokenizer(source, out)
+    texts = golden_texts(Tokenizer.from_file(str(out / TOKENIZER_FILE)), a.max_tokens)
+    activations = measure_activations(checkpoint, texts) if precision is Precision.INT8 else None
+    with writing_weights(out) as writer:
+        placer = Placer(writer, choices.base_scales, precision)
+        weights = place_encoder(checkpoint, placer, activations, choices.progress)
+    _write_graph(out, build_encoder_graph(a, weights))
     config = EncoderConfig(
         layers=a.layers, hidden_size=a.hidden_size, heads=a.heads, vocab_size=a.vocab_size, max_tokens=a.max_tokens,
         dimensions=a.hidden_size, pooling=a.pooling, normalised=a.normalised,

@@ -16,6 +16,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from forge.encoder_checkpoint import EncoderArchitecture
 from forge.graph import CONTRIB, GraphBuilder, Matrix
+from forge.integers import IntegerMatrix, multiply_integers
 from forge.weights import Placed
 from wire.manifest import Pooling
 
@@ -31,7 +32,7 @@ class _EncoderBuilder(GraphBuilder):
 class Linear:
     """A matrix with its bias [rows]."""
 
-    matrix: Matrix
+    matrix: Matrix | IntegerMatrix
     bias: Placed
 
 
@@ -72,23 +73,40 @@ def build_encoder_graph(architecture: EncoderArchitecture, weights: EncoderWeigh
     b.constant("flat_hidden", [-1, architecture.hidden_size], np.int64)
     word = b.embed("embeddings.words", "token_ids", weights.words)
     position = b.node("Gather", [b.vector("positions.table", weights.positions), "positions"], ["embeddings.position"])
-    rows = _norm(b, "embeddings.norm", [word, position], weights.norm)
+    rows = _norm(b, attention_source(0), [word, position], weights.norm)
     for i, layer in enumerate(weights.layers):
         name = f"layers.{i}"
         attended = _attention(b, f"{name}.attention", rows, layer)
-        added = b.matmul(f"{name}.output", attended, layer.output.matrix)
-        rows = _norm(b, f"{name}.attention_norm", [added, rows], layer.attention_norm, layer.output.bias)
-        up = b.matmul(f"{name}.up", rows, layer.up.matrix)
+        added = _multiply(b, f"{name}.output", attended, layer.output)
+        rows = _norm(b, mlp_source(i), [added, rows], layer.attention_norm, layer.output.bias)
+        up = _multiply(b, f"{name}.up", rows, layer.up)
         active = b.node(
             architecture.activation, [up, b.vector(f"{name}.up.bias", layer.up.bias)], [f"{name}.active"], CONTRIB
         )
-        added = b.matmul(f"{name}.down", active, layer.down.matrix)
-        rows = _norm(b, f"{name}.mlp_norm", [added, rows], layer.mlp_norm, layer.down.bias)
+        added = _multiply(b, f"{name}.down", active, layer.down)
+        rows = _norm(b, attention_source(i + 1), [added, rows], layer.mlp_norm, layer.down.bias)
     _pool(b, rows)
     texts: list[str | int | None] = ["B", "S"]
     inputs = [helper.make_tensor_value_info(n, TensorProto.INT64, texts) for n in ("input_ids", "attention_mask")]
     output = helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["B", architecture.hidden_size])
     return b.model("encoder", inputs, [output])
+
+
+def attention_source(layer: int) -> str:
+    """Name of what a layer's query, key and value are made of."""
+    return f"layers.{layer - 1}.mlp_norm" if layer else "embeddings.norm"
+
+
+def mlp_source(layer: int) -> str:
+    """Name of what a layer's MLP begins with."""
+    return f"layers.{layer}.attention_norm"
+
+
+def _multiply(b: GraphBuilder, name: str, source: str, linear: Linear) -> str:
+    """Without the bias, which a later operation adds."""
+    if isinstance(linear.matrix, IntegerMatrix):
+        return multiply_integers(b, name, source, linear.matrix)
+    return b.matmul(name, source, linear.matrix)
 
 
 def _find_rows(b: GraphBuilder) -> None:
@@ -126,7 +144,7 @@ def _norm(b: _EncoderBuilder, name: str, sources: list[str], norm: Norm, bias: P
 
 def _attention(b: _EncoderBuilder, name: str, rows: str, layer: EncoderLayer) -> str:
     """Attention of every token to the tokens of its text."""
-    qkv = b.matmul(f"{name}.qkv", rows, layer.qkv.matrix)
+    qkv = _multiply(b, f"{name}.qkv", rows, layer.qkv)
     b.node("Gather", [qkv, "spread"], [f"{name}.spread"], axis=0)
     parts = [f"{name}.{part}" for part in ("query", "key", "value")]
     b.node("Split", [f"{name}.spread"], parts, axis=-1, num_outputs=3)

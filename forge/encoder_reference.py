@@ -8,6 +8,7 @@ import numpy as np
 from forge.encoder_checkpoint import EncoderCheckpoint
 from forge.encoder_graph import build_encoder_graph
 from forge.encoder_weights import place_encoder
+from forge.placer import Placer
 from forge.quantise import Float, Precision
 from forge.reference import MODEL_FILE, float_twin, open_judge
 from forge.weights import writing_weights
@@ -41,7 +42,7 @@ def twin_encoder(directory: Path) -> EncoderJudge:
 def checkpoint_encoder(checkpoint: EncoderCheckpoint, scratch: Path) -> EncoderJudge:
     """The checkpoint itself in float32; `scratch` is an empty directory that must outlive the judge."""
     with writing_weights(scratch) as writer:
-        weights = place_encoder(checkpoint, writer, precision=Precision.FLOAT32)
+        weights = place_encoder(checkpoint, Placer(writer, {}, Precision.FLOAT32))
     graph = build_encoder_graph(checkpoint.architecture, weights)
     (scratch / MODEL_FILE).write_bytes(graph.SerializeToString(deterministic=True))
     return EncoderJudge(scratch / MODEL_FILE)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from forge.graph import Matrix
-from forge.quantise import BlockMatrix, Float, Precision, quantise_blocks
+from forge.integers import IntegerMatrix, smoothing_of
+from forge.quantise import BlockMatrix, Float, Precision, quantise_blocks, quantise_channels
 from forge.weights import Placed, WeightsWriter
 from wire.manifest import Dtype, Layout
 
@@ -27,6 +28,19 @@ class Placer:
             return Matrix(rows, columns, dense=dense)
         scales = self.base_scales.get(f"{name}.scales")
         return place_quantised(self.writer, name, quantise_blocks(name, weights, scales, bits=self.precision.bits))
+
+    def integers(self, name: str, weights: Float, largest: Float | None, zero_point: int) -> IntegerMatrix:
+        """A matrix [rows, columns] that is multiplied as int8; `largest` [columns] are the largest sizes of what it is
+        multiplied with, None when that is not smoothed."""
+        smoothing = None
+        if largest is not None:
+            factors = self.base_scales.get(f"{name}.smoothing", smoothing_of(weights, largest))
+            weights = weights / factors[None, :]
+            smoothing = self.writer.add(f"{name}.smoothing", factors, Layout.F32_BF16_GRID)
+        matrix = quantise_channels(weights, self.base_scales.get(f"{name}.scales"))
+        levels = self.writer.add(f"{name}.levels", matrix.levels.T, Layout.BYTES, dtype=Dtype.I8)
+        scales = self.writer.add(f"{name}.scales", matrix.scales, Layout.F32_BF16_GRID)
+        return IntegerMatrix(levels, scales, smoothing, zero_point)
 
     def table(self, name: str, weights: Float) -> Matrix:
         """A matrix [rows, columns] whose rows are looked up."""

@@ -1,4 +1,4 @@
-"""Block-wise symmetric int4 and int8 on scales of the bfloat16 grid.
+"""int4 and int8 on scales of the bfloat16 grid: by blocks for what is decoded or looked up, by channels for encoders.
 
 A row of K weights is cut into blocks of 32; a block stores q = round(w / s) in [-8, 7] as q + 8, of int8 in [-128, 127]
 as q + 128, and one scale s. The scale is rounded to bfloat16 *before* quantising: the error does not change and a scale
@@ -81,6 +81,28 @@ def quantise_blocks(name: str, weights: Float, base_scales: Float | None = None,
     levels = _levels(blocks, scales, bits).reshape(rows, columns).astype(np.uint8)
     packed: Bytes = levels if bits == 8 else levels[:, 0::2] | levels[:, 1::2] << np.uint8(4)
     return BlockMatrix(packed, scales, bits)
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelMatrix:
+    """A quantised matrix [rows, columns]: `levels` int8, -127 to 127; `scales` float32 [rows] on the bfloat16 grid."""
+
+    levels: NDArray[np.int8]
+    scales: Float
+
+    def dequantise(self) -> Float:
+        """float32 [rows, columns]: what the kernels compute with."""
+        return self.levels * self.scales[:, None]
+
+
+def quantise_channels(weights: Float, base_scales: Float | None = None) -> ChannelMatrix:
+    """Quantise `weights` [rows, columns] to int8 with one scale per row; `base_scales` as in quantise_blocks."""
+    largest = np.abs(weights).max(axis=1)
+    scales = to_bf16_grid(np.where(largest > 0, largest / 127, np.float32(2.0**-20)).astype(np.float32))
+    if base_scales is not None and base_scales.shape == scales.shape:
+        scales = np.where((base_scales > 0) & (largest <= base_scales * 127.5), base_scales, scales)
+    levels = np.clip(np.rint(weights / scales[:, None]), -127, 127).astype(np.int8)
+    return ChannelMatrix(levels, scales)
 
 
 def to_bf16_grid(values: Float) -> Float:

@@ -99,7 +99,15 @@ def float_twin(directory: Path) -> ModelProto:
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     kept: dict[str, TensorProto] = dict(stored)
     nodes = []
+    rounded = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
     for node in model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            continue
+        if node.op_type == "MatMulIntegerToFloat":
+            levels, scales = (numpy_helper.to_array(kept.pop(node.input[i])) for i in (1, 3))
+            kept[node.input[1]] = numpy_helper.from_array(levels * scales[None, :], node.input[1])
+            nodes.append(helper.make_node("MatMul", [rounded[node.input[0]], node.input[1]], node.output))
+            continue
         if node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
             nodes.append(node)
             continue

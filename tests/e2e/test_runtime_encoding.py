@@ -393,7 +393,7 @@ def test_probe_judges_an_encoder_by_its_golden_embeddings(node: Node, tmp_path: 
     good = encoder_version()
     spoiled = Path(shutil.copytree(good.directory, tmp_path / "spoiled"))
     columns = good.document.tensors
-    row = columns.name.index("layers.1.up.packed")
+    row = columns.name.index("layers.1.up.levels")
     weights = np.memmap(spoiled / "weights.bin", np.uint8, "r+")
     tensor = weights[columns.offset[row] : columns.offset[row] + columns.size_bytes(row)]
     tensor[:] = np.random.default_rng(0).permutation(tensor)

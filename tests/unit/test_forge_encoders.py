@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from codec.versions import read_version
 from forge.build import build_version, reseal_version
@@ -75,7 +76,8 @@ def test_each_matrix_damaged_in_turn_is_caught(
     precision: Precision, versions: dict[Precision, Path], tmp_path: Path
 ) -> None:
     columns = read_version(versions[precision]).tensors
-    chosen = [row for row, name in enumerate(columns.name) if name.endswith((".packed", ".weight", ".positions"))]
+    kinds = (".packed", ".levels", ".weight", ".positions")
+    chosen = [row for row, name in enumerate(columns.name) if name.endswith(kinds)]
     assert len(chosen) >= 2 + 2 * 4
     caught = {}
     spoiled = tmp_path / "spoiled"
@@ -97,7 +99,7 @@ def test_release_of_an_encoder_verifies_as_a_node_would(versions: dict[Precision
     keys = RoleKeys(keys=(create_key(tmp_path / "key.pem"),))
     trust = tmp_path / "trust.json"
     trust.write_bytes(encode_document(TrustPolicy(release=keys, desired=keys)))
-    for precision, name in ((Precision.INT8, "int8-block32"), (Precision.FLOAT32, "float32")):
+    for precision, name in ((Precision.INT8, "int8"), (Precision.FLOAT32, "float32")):
         out = tmp_path / precision
         make_release(versions[precision], out, load_signer(tmp_path / "key.pem"), sequence=1)
         assert verify_release(out, trust, None)[f"{name} full"] == "ok"
@@ -167,15 +169,29 @@ def test_modules_that_are_not_read_are_refused(
     assert said in refuse(tiny, tmp_path).message
 
 
-def test_columns_that_no_block_divides_are_refused(tiny: Path, tmp_path: Path) -> None:
+def test_matrix_of_another_shape_is_refused_by_name(tiny: Path, tmp_path: Path) -> None:
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps({**config, "intermediate_size": 100}))
     assert "intermediate.dense.weight" in refuse(tiny, tmp_path).message
 
 
-def test_checkpoint_of_a_model_with_a_head_is_read_below_its_prefix(tiny: Path, tmp_path: Path) -> None:
-    from safetensors.numpy import load_file, save_file
+def test_int8_version_on_the_scales_of_another_differs_only_where_its_weights_do(
+    versions: dict[Precision, Path], tiny: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(tiny / "model.safetensors")
+    name = "encoder.layer.1.output.dense.weight"
+    tensors[name] = (tensors[name].astype(np.float32) * 0.97).astype(np.float16)
+    save_file(tensors, tiny / "model.safetensors")
+    base = versions[Precision.INT8]
+    document = build_version(tiny, tmp_path / "tuned", ("tiny", "2.0"), scales_of=base)
+    columns = document.tensors
+    old, new = (base / "weights.bin").read_bytes(), (tmp_path / "tuned" / "weights.bin").read_bytes()
+    spans = [(offset, offset + columns.size_bytes(row)) for row, offset in enumerate(columns.offset)]
+    changed = [name for name, (start, end) in zip(columns.name, spans, strict=True) if old[start:end] != new[start:end]]
+    assert changed == ["layers.1.down.levels"]
 
+
+def test_checkpoint_of_a_model_with_a_head_is_read_below_its_prefix(tiny: Path, tmp_path: Path) -> None:
     plain = build_version(tiny, tmp_path / "plain", ("m", "1"))
     tensors = {f"bert.{name}": tensor for name, tensor in load_file(tiny / "model.safetensors").items()}
     save_file({**tensors, "cls.predictions.bias": np.zeros(384, np.float16)}, tiny / "model.safetensors")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from forge.quantise import change_fidelity, quantise_blocks, to_bf16_grid
+from forge.quantise import change_fidelity, quantise_blocks, quantise_channels, to_bf16_grid
 from wire.errors import ArtifactError, Code
 
 
@@ -69,3 +69,25 @@ def test_base_scale_that_would_clip_is_replaced() -> None:
 def test_rounding_to_the_bf16_grid_is_to_nearest_even() -> None:
     values = np.array([1.0, 1.00390625, 1.01171875, 3.14159], np.float32)  # ties at half a step of 2 ** -7
     assert to_bf16_grid(values).tolist() == [1.0, 1.0, 1.015625, 3.140625]
+
+
+def test_channels_are_rounded_to_half_a_step_and_nothing_is_clipped_by_more_than_the_grid() -> None:
+    original = weights()
+    original[7] = 0
+    matrix = quantise_channels(original)
+    assert matrix.levels.dtype == np.int8
+    assert matrix.levels.min() >= -127
+    assert not (matrix.scales.view(np.uint32) & 0xFFFF).any()
+    steps = matrix.scales[:, None]
+    error = np.abs(matrix.dequantise() - original)
+    assert (error <= np.maximum(0.5 * steps, np.abs(original) / 256) * 1.0001).all()
+    assert not matrix.dequantise()[7].any()
+
+
+def test_scales_of_the_base_are_kept_by_channels_too_unless_they_would_clip() -> None:
+    base, tuned = weights(), weights() * np.float32(0.98)
+    tuned[5] *= 3
+    old = quantise_channels(base)
+    kept = quantise_channels(tuned, old.scales)
+    assert (kept.scales != old.scales).nonzero()[0].tolist() == [5]
+    assert np.abs(kept.dequantise() - tuned)[5].max() <= kept.scales[5] * 0.6

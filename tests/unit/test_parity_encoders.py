@@ -81,6 +81,10 @@ def dequantised_reference(directory: Path) -> ReferenceBert:
         return np.frombuffer(raw(name), np.float32)
 
     def matrix(name: str) -> np.ndarray:
+        if f"{name}.levels" in rows:
+            levels = np.frombuffer(raw(f"{name}.levels"), np.int8).reshape(columns.shape[rows[f"{name}.levels"]])
+            smoothing = vector(f"{name}.smoothing") if f"{name}.smoothing" in rows else np.ones(1, np.float32)
+            return (levels * vector(f"{name}.scales")).T * smoothing
         shape = columns.shape[rows[f"{name}.packed"]]
         levels = np.frombuffer(raw(f"{name}.packed"), np.uint8)
         if columns.dtype[rows[f"{name}.packed"]] == "u4":

@@ -1,8 +1,7 @@
 """Decoders as child processes that take orders: ours and the peers, each alone with its thread pool.
 
-A child reads lines of JSON from its standard input and answers each with one: {"prefill": n} reads n tokens into an
-empty cache and gives the seconds to the first token; {"decode": n} generates n more, greedily, and gives the seconds.
-A child that waits for orders uses no CPU, so that nobody's threads spin into another's time.
+Orders (benchmarks/children.py): {"prefill": n} reads n tokens into an empty cache and gives the seconds to the first
+token; {"decode": n} generates n more, greedily, and gives the seconds.
 """
 
 import json
@@ -13,14 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from benchmarks.decoder_models import ROOT, Decoder, sample, smollm
+from benchmarks.children import OrderedChild
+from benchmarks.decoder_models import Decoder, sample, smollm
 from benchmarks.harness import PeerAbsent
 from wire.documents import parse_document
 from wire.serving import ExecutionOptions, ProbeReport
 
-PEERS = ROOT / ".venv" / "opt" / "peers"
-LLAMA = ROOT / ".venv" / "opt" / "llama"
-"""llama-cpp-python's source distribution and the libraries built of it for this CPU, both by scripts/bench."""
 CONTEXT_TOKENS = 2048
 MODELS: dict[str, Callable[[], Decoder]] = {"smollm-135m": smollm, "tales-5m": sample}
 
@@ -35,43 +32,15 @@ class Subject(Protocol):
         """Generate `count` tokens more."""
 
 
-class Child:
+class Child(OrderedChild):
     """One decoder in a process of its own. Raises PeerAbsent when it does not come up."""
 
     def __init__(self, kind: str, model: str, threads: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.decoders", kind, model, str(threads)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=child_environment(threads),
-        )  # fmt: skip
-        self.tell = self._answer()
+        super().__init__("benchmarks.decoders", [kind, model, str(threads)], threads)
 
     def seconds(self, **order: int) -> float:
         """The seconds of one order."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return float(self._answer()["seconds"])
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.communicate()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            _, errors = self._process.communicate()
-            raise PeerAbsent((errors.strip().splitlines() or ["it ended without a word"])[-1][:300])
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-
-def child_environment(threads: int) -> dict[str, str]:
-    """The environment in which a child finds the peers."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(PEERS), str(LLAMA / "src")))}
-    return environment | {"LLAMA_CPP_LIB_PATH": str(LLAMA / "build" / "bin"), "OMP_NUM_THREADS": str(threads)}
+        return float(self.ask(**order)["seconds"])
 
 
 def probed_options(decoder: Decoder, threads: int) -> ExecutionOptions:

@@ -7,8 +7,6 @@ the cache holds the check of every byte. All files are in the page cache.
 
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -16,9 +14,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from benchmarks.children import OrderedChild
 from benchmarks.decoder_models import Decoder, smollm
-from benchmarks.decoders import child_environment
-from benchmarks.harness import PeerAbsent, Row, Samples, Subject, at_least, at_most, exact, measure, row, rows_against
+from benchmarks.harness import Row, Samples, Subject, at_least, at_most, exact, measure, row, rows_against
 from benchmarks.memory_child import CACHE, entry_of
 from benchmarks.runtime_server import MODEL, runtime_server
 from host.unix_http import request
@@ -36,22 +34,11 @@ SLOWER_LIMIT = 0.97
 """Of the speed from the heap: rounds of the same subject differ by as much here."""
 
 
-class Process:
-    """A child of benchmarks/memory_child.py. Raises PeerAbsent when it ends by itself."""
+class Process(OrderedChild):
+    """A child of benchmarks/memory_child.py."""
 
     def __init__(self, order: dict[str, Any]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.memory_child", json.dumps(order)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=child_environment(order["threads"]),
-        )  # fmt: skip
-        self.before = self._answer()
-
-    def ask(self, **wish: int) -> dict[str, Any]:
-        """Have one thing done."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(wish) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
+        super().__init__("benchmarks.memory_child", [json.dumps(order)], order["threads"])
 
     def load(self) -> dict[str, Any]:
         """Load; the answer has "peak", the most anonymous memory that was seen meanwhile beyond that before."""
@@ -60,7 +47,7 @@ class Process:
         def look() -> None:
             nonlocal peak
             while not over.wait(LOOK_S):
-                peak = max(peak, _anonymous_bytes(self._process.pid))
+                peak = max(peak, _anonymous_bytes(self.process.pid))
 
         watcher = threading.Thread(target=look)
         watcher.start()
@@ -69,21 +56,7 @@ class Process:
         finally:
             over.set()
             watcher.join()
-        return answer | {"peak": peak - self.before["Anonymous"]}
-
-    def close(self) -> None:
-        """End it."""
-        self._process.kill()
-        self._process.communicate()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            _, errors = self._process.communicate()
-            raise PeerAbsent((errors.strip().splitlines() or ["it ended without a word"])[-1][:300])
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return answer | {"peak": peak - self.greeting["Anonymous"]}
 
 
 def run() -> Sequence[Row]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.decoders import LLAMA, PEERS
+from benchmarks.children import LLAMA, PEERS
 from benchmarks.harness import PeerAbsent, Row, Subject, at_most, measure, row, rows_against
 from runtime.sampling import Sampler, Sampling, score
 

@@ -17,8 +17,9 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+from benchmarks.children import LLAMA
 from benchmarks.decoder_models import Decoder
-from benchmarks.decoders import CONTEXT_TOKENS, LLAMA, MODELS, probed_options
+from benchmarks.decoders import CONTEXT_TOKENS, MODELS, probed_options
 from benchmarks.gguf_writer import gguf_of
 from benchmarks.harness import PeerAbsent, Row, Samples, Subject, at_least, measure, row, rows_against
 from benchmarks.runtime_server import MODEL, READY_TIMEOUT_S, running, runtime_server

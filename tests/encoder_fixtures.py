@@ -4,15 +4,18 @@ import atexit
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from runtime_fixtures import PROJECT, Version
+from runtime_fixtures import MODEL, PROJECT, Node, Version, ask, base_version, running
 
 from forge.build import build_version
+from forge.encoder_reference import shipped_encoder
 from forge.quantise import Precision
 from runtime.batcher import Batcher, Encoding, Endings, Limits, deliver_directly
 from runtime.encoder import Encoder
@@ -25,6 +28,8 @@ from wire.serving import ExecutionOptions
 ENCODER = "tiny"
 POISON = 383
 """The last token of the vocabulary, which no random text has."""
+TOLERANCE = 1e-4
+"""1 - cosine to the embedding of the text alone, as in tests/property/test_runtime_batcher_property.py."""
 CHECKPOINT = PROJECT / "tests" / "fixtures" / "parity" / "tiny-bert"
 
 
@@ -40,6 +45,26 @@ def encoder_version(precision: Precision = Precision.INT8, version: str = "1.0")
 def encoder_config(version: Version) -> EncoderConfig:
     assert isinstance(version.document.config, EncoderConfig)
     return version.document.config
+
+
+@contextmanager
+def serving_both(home: Path, extra: str = "") -> Iterator[Node]:
+    """A runtime process that serves the tiny encoder and the sample LM."""
+    with running(home, extra=extra) as node:
+        node.order(encoder_version(), ENCODER)
+        node.order(base_version())
+        for name in (ENCODER, MODEL):
+            assert ask(node.admin, "POST", f"/v2/repository/models/{name}/load", {}).status == 200
+        yield node
+
+
+def check_embeddings(rows: list[Any], texts: list[list[int]]) -> None:
+    """Embeddings as the forge's own session gives them, each text alone."""
+    expected = shipped_encoder(encoder_version().directory).embed(texts)
+    found = np.asarray(rows, np.float32)
+    assert found.shape == expected.shape
+    assert np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-5
+    assert (1 - np.sum(found * expected, axis=1)).max() < TOLERANCE
 
 
 class HeldEncoder(Encoder):

@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -110,17 +111,29 @@ def wide_version() -> Version:
     return Version(home / "version", document)
 
 
+def shuffle_tensor(directory: Path, row: int) -> VersionDocument:
+    """Shuffle the elements of one tensor of a version and seal it anew; its golden vectors stay the good ones.
+
+    A weights file that is a hard link of another's is written through: give it a copy.
+    """
+    document = read_version(directory)
+    columns = document.tensors
+    path = directory / document.files[columns.file[row]].path
+    weights = np.memmap(path, np.uint8, "r+")
+    tensor = weights[columns.offset[row] : columns.offset[row] + columns.size_bytes(row)]
+    items = tensor.view(np.float32 if columns.dtype[row] == "f32" else np.uint8)
+    items[:] = np.random.default_rng(row).permutation(items)
+    weights.flush()
+    return reseal_version(directory)
+
+
 def spoiled_version(home: Path) -> Version:
     """The base with the nibbles of one middle tensor shuffled; its golden vectors are the good ones."""
     good = base_version()
     shutil.copytree(good.directory, home)
     columns = good.document.tensors
     row = next(r for r, dtype in enumerate(columns.dtype) if dtype == "u4" and ".2." in columns.name[r])
-    weights = np.memmap(home / good.document.files[columns.file[row]].path, dtype=np.uint8, mode="r+")
-    tensor = weights[columns.offset[row] : columns.offset[row] + columns.size_bytes(row)]
-    tensor[:] = np.random.default_rng(3).permutation(tensor)
-    weights.flush()
-    return Version(home, reseal_version(home))
+    return Version(home, shuffle_tensor(home, row))
 
 
 def wait_for(what: str, look: Callable[[], Seen | None], timeout_s: float = 20.0 * SLOWNESS) -> Seen:
@@ -264,3 +277,37 @@ def ask(path: Path, method: str, target: str, body: Any = None, timeout_s: float
 def _listens(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         return probe.connect_ex(str(path)) == 0
+
+
+@dataclass(slots=True)
+class Load:
+    """Four clients that ask without a pause; `ask` of a client's number gives the versions that its answer names."""
+
+    ask: Callable[[int], set[str | None]]
+    answers: list[set[str | None]] = field(default_factory=list)
+
+    def during(self, changes: Sequence[Callable[[], None]]) -> None:
+        """Make each change under load, and go on when it has brought a dozen answers; none may fail."""
+        stop = threading.Event()
+        failures: list[Exception] = []
+
+        def client(number: int) -> None:
+            while not stop.is_set():
+                try:
+                    self.answers.append(self.ask(number))
+                except Exception as error:  # noqa: BLE001  every failure counts, whatever it is
+                    failures.append(error)
+
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            for change in changes:
+                change()
+                done = len(self.answers)
+                wait_for("answers", lambda done=done: failures or len(self.answers) > done + 12)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(30)
+        assert failures == []

@@ -6,9 +6,8 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +18,21 @@ from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from encoder_fixtures import ENCODER, encoder_version, random_text
-from runtime_fixtures import MODEL, Node, Version, ask, base_version, running, wait_for
+from encoder_fixtures import ENCODER, check_embeddings, encoder_version, random_text, serving_both
+from runtime_fixtures import MODEL, Load, Node, Version, ask, running, shuffle_tensor, wait_for
 
-from forge.build import reseal_version
-from forge.encoder_reference import shipped_encoder
-from host.unix_http import UnixConnection
 from wire.documents import parse_document
 from wire.serving import ModelStats, ProbeReport, ProbeVerdict, RuntimeStats
 
 pytestmark = pytest.mark.e2e
 PATH = "/v1/embeddings"
 TEXTS = ["the node reports a state", "what to do", "a release is published, and every node fetches it by itself"]
-TOLERANCE = 1e-4
-"""1 - cosine to the embedding of the text alone, as in tests/property/test_runtime_batcher_property.py."""
 BULK_TEXTS, BULK_TOKENS = 1700, 150
 
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    with running(tmp_path_factory.mktemp("node"), extra="max_queue = 2") as node:
-        node.order(encoder_version(), ENCODER)
-        node.order(base_version())
-        for name in (ENCODER, MODEL):
-            assert ask(node.admin, "POST", f"/v2/repository/models/{name}/load", {}).status == 200
+    with serving_both(tmp_path_factory.mktemp("node"), extra="max_queue = 2") as node:
         yield node
 
 
@@ -62,23 +52,14 @@ def tokens_of(text: str) -> list[int]:
     return list(tokenizer.encode(text).ids)
 
 
-def check(rows: list[Any], texts: list[list[int]]) -> None:
-    """Embeddings as the forge's own session gives them, each text alone."""
-    expected = shipped_encoder(encoder_version().directory).embed(texts)
-    found = np.asarray(rows, np.float32)
-    assert found.shape == expected.shape
-    assert np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-5
-    assert (1 - np.sum(found * expected, axis=1)).max() < TOLERANCE
-
-
 def test_texts_come_back_as_embeddings_in_their_order_with_usage(node: Node) -> None:
     with node.client() as client:
         reply = client.embeddings.create(model=ENCODER, input=TEXTS)
         single = client.embeddings.create(model=ENCODER, input=TEXTS[1], encoding_format="float")
     texts = [tokens_of(text) for text in TEXTS]
     assert [row.index for row in reply.data] == [0, 1, 2]
-    check([row.embedding for row in reply.data], texts)
-    check([single.data[0].embedding], texts[1:2])
+    check_embeddings([row.embedding for row in reply.data], texts)
+    check_embeddings([single.data[0].embedding], texts[1:2])
     assert reply.usage.prompt_tokens == reply.usage.total_tokens == sum(map(len, texts))
     assert (reply.object, reply.model, reply.data[0].object) == ("list", ENCODER, "embedding")
 
@@ -86,9 +67,9 @@ def test_texts_come_back_as_embeddings_in_their_order_with_usage(node: Node) -> 
 def test_tokens_are_taken_as_they_are(node: Node) -> None:
     texts = [random_text(150), random_text(1), random_text(40)]
     reply = ask(node.public, "POST", PATH, {"model": ENCODER, "input": texts}).json()
-    check([row["embedding"] for row in reply["data"]], texts)
+    check_embeddings([row["embedding"] for row in reply["data"]], texts)
     one = ask(node.public, "POST", PATH, {"model": ENCODER, "input": texts[2]}).json()
-    check([one["data"][0]["embedding"]], texts[2:])
+    check_embeddings([one["data"][0]["embedding"]], texts[2:])
     assert one["system_fingerprint"] == encoder_version().fingerprint
 
 
@@ -199,8 +180,8 @@ def test_single_text_does_not_wait_for_the_bulk_of_another(node: Node) -> None:
     before = stats(node)
     with send(node, bulk()):
         wait_for("a running request", lambda: stats(node).busy_s > before.busy_s)
-        check([ask(node.public, "POST", PATH, {"model": ENCODER, "input": TEXTS[0]}).json()["data"][0]["embedding"]],
-              [tokens_of(TEXTS[0])])  # fmt: skip
+        reply = ask(node.public, "POST", PATH, {"model": ENCODER, "input": TEXTS[0]}).json()
+        check_embeddings([reply["data"][0]["embedding"]], [tokens_of(TEXTS[0])])
         assert stats(node).active == 1, "the bulk was over before: this proves nothing"
     wait_idle(node)
 
@@ -228,121 +209,13 @@ def test_request_over_its_time_fails_with_504(tmp_path: Path) -> None:
         wait_idle(node)
 
 
-INFER = f"/v2/models/{ENCODER}/infer"
-
-
-def padded(texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mask, int64 [texts, longest]; what stands in the padding must not matter."""
-    ids = np.full((len(texts), max(map(len, texts))), 382)
-    mask = np.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)], mask[row, : len(text)] = text, 1
-    return ids, mask
-
-
-def tensor(name: str, values: np.ndarray, **rest: Any) -> dict[str, Any]:
-    return {"name": name, "shape": list(values.shape), "datatype": "INT64", **rest}
-
-
-def test_infer_takes_and_gives_tensors_in_json(node: Node) -> None:
-    texts = [random_text(30), random_text(3), random_text(90)]
-    ids, mask = padded(texts)
-    inputs = [tensor("input_ids", ids, data=ids.tolist()), tensor("attention_mask", mask, data=mask.ravel().tolist())]
-    reply = ask(node.public, "POST", INFER, {"inputs": inputs, "id": "7"}).json()
-    assert (reply["model_name"], reply["model_version"], reply["id"]) == (ENCODER, "1.0", "7")
-    (output,) = reply["outputs"]
-    assert (output["name"], output["shape"], output["datatype"]) == ("embeddings", [3, 64], "FP32")
-    check(np.reshape(output["data"], output["shape"]).tolist(), texts)
-    bare = ask(node.public, "POST", INFER, {"inputs": [tensor("input_ids", ids[:1, :30], data=texts[0])]}).json()
-    check([bare["outputs"][0]["data"]], texts[:1])
-
-
-def test_infer_takes_and_gives_binary_tensors(node: Node) -> None:
-    texts = [random_text(30), random_text(3), random_text(90)]
-    ids, mask = padded(texts)
-    inputs = [
-        tensor(name, values, parameters={"binary_data_size": values.nbytes})
-        for name, values in (("input_ids", ids), ("attention_mask", mask))
-    ]
-    outputs = [{"name": "embeddings", "parameters": {"binary_data": True}}]
-    header = json.dumps({"inputs": inputs, "outputs": outputs}).encode()
-    connection = UnixConnection(node.public, 30.0)
-    connection.request(
-        "POST", INFER, header + ids.astype("<i8").tobytes() + mask.astype("<i8").tobytes(),
-        {"Inference-Header-Content-Length": str(len(header))},
-    )  # fmt: skip
-    response = connection.getresponse()
-    body = response.read()
-    length = int(response.headers["Inference-Header-Content-Length"])
-    connection.close()
-    (output,) = json.loads(body[:length])["outputs"]
-    assert output["parameters"] == {"binary_data_size": len(body) - length}
-    check(np.frombuffer(body[length:], "<f4").reshape(output["shape"]).tolist(), texts)
-
-
-def test_metadata_lists_the_tensors_of_an_encoder(node: Node) -> None:
-    metadata = ask(node.public, "GET", f"/v2/models/{ENCODER}").json()
-    assert metadata["platform"] == "onnxruntime_encoder"
-    assert [(entry["name"], entry["datatype"], entry["shape"]) for entry in metadata["inputs"]] == [
-        ("input_ids", "INT64", [-1, -1]), ("attention_mask", "INT64", [-1, -1]),
-    ]  # fmt: skip
-    assert metadata["outputs"] == [{"name": "embeddings", "datatype": "FP32", "shape": [-1, 64]}]
-    assert metadata["parameters"]["max_tokens"] == 150
-    assert "binary_tensor_data" in ask(node.public, "GET", "/v2").json()["extensions"]
-    assert ask(node.public, "GET", f"/v2/models/{MODEL}").json()["inputs"] == []
-
-
-@pytest.mark.parametrize(
-    ("change", "status", "said"),
-    [
-        ({"outputs": [{"name": "logits"}]}, 400, "embeddings"),
-        ({"parameters": {"priority": 1}}, 400, "priority"),
-        ({"inputs": [{"name": "pixels", "shape": [1], "datatype": "INT64", "data": [1]}]}, 400, "pixels"),
-        ({"inputs": [{"name": "input_ids", "shape": [2], "datatype": "INT64", "data": [5, 6]}]}, 400, "input_ids"),
-        ({"mask": [0, 1]}, 400, "attention_mask"),
-        ({"mask": [0, 0]}, 400, "attention_mask"),
-        ({"mask": [2, 0]}, 400, "attention_mask"),
-        ({"mask": [1]}, 400, "attention_mask"),
-        ({"ids": [5, 384]}, 400, "vocabulary"),
-    ],
-)
-def test_infer_that_does_not_fit_is_refused_with_its_reason(
-    node: Node, change: dict[str, Any], status: int, said: str
-) -> None:
-    ids, mask = np.asarray([change.pop("ids", [5, 6])]), np.asarray([change.pop("mask", [1, 1])])
-    inputs = [tensor("input_ids", ids, data=ids.tolist()), tensor("attention_mask", mask, data=mask.tolist())]
-    reply = ask(node.public, "POST", INFER, {"inputs": inputs} | change)
-    assert reply.status == status, reply.body
-    assert said in reply.json()["error"]
-
-
-def test_decoder_takes_no_tensors(node: Node) -> None:
-    ids = np.asarray([[5]])
-    body = {"inputs": [tensor("input_ids", ids, data=[5])]}
-    reply = ask(node.public, "POST", f"/v2/models/{MODEL}/infer", body)
-    assert (reply.status, reply.json()["code"]) == (400, "bad_request")
-    assert "/v1/chat/completions" in reply.json()["error"]
-
-
-@dataclass(slots=True)
-class Load:
-    """Clients that ask without a pause, each time for one text or for some."""
-
-    node: Node
-    stop: threading.Event = field(default_factory=threading.Event)
-    answers: list[str] = field(default_factory=list)
-    failures: list[Exception] = field(default_factory=list)
-
-    def ask(self, number: int) -> None:
-        texts = [tokens_of(text) for text in TEXTS[: number % 3 + 1]]
-        with self.node.client() as client:
-            while not self.stop.is_set():
-                try:
-                    reply: Any = client.embeddings.create(model=ENCODER, input=texts)
-                    check([row.embedding for row in reply.data], texts)
-                    self.answers.append(reply.system_fingerprint)
-                except Exception as error:  # noqa: BLE001  every failure counts, whatever it is
-                    self.failures.append(error)
+def ask_for_embeddings(node: Node, number: int) -> set[str | None]:
+    """One text or some; the version that answered."""
+    texts = [tokens_of(text) for text in TEXTS[: number % 3 + 1]]
+    with node.client() as client:
+        reply: Any = client.embeddings.create(model=ENCODER, input=texts)
+    check_embeddings([row.embedding for row in reply.data], texts)
+    return {reply.system_fingerprint}
 
 
 def swap(node: Node, version: Version) -> None:
@@ -355,19 +228,9 @@ def test_swaps_under_load_fail_no_request(tmp_path: Path) -> None:
     versions = [encoder_version(), encoder_version(version="2.0")]
     with running(tmp_path) as node:
         swap(node, versions[0])
-        load = Load(node)
-        threads = [threading.Thread(target=load.ask, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for number in (1, 0, 1, 0):
-            swap(node, versions[number])
-            done = len(load.answers)
-            wait_for("answers after a swap", lambda done=done: load.failures or len(load.answers) > done + 12)
-        load.stop.set()
-        for thread in threads:
-            thread.join(30)
-        assert load.failures == []
-        assert set(load.answers) == {version.fingerprint for version in versions}
+        load = Load(partial(ask_for_embeddings, node))
+        load.during([partial(swap, node, versions[number]) for number in (1, 0, 1, 0)])
+        assert set.union(*load.answers) == {version.fingerprint for version in versions}
         index = "/v2/repository/index"
         wait_for("the end of what drained", lambda: ask(node.admin, "POST", index, b"").json()[0]["draining"] == 0)
 
@@ -392,13 +255,8 @@ def test_bulk_across_a_swap_ends_on_its_version(tmp_path: Path) -> None:
 def test_probe_judges_an_encoder_by_its_golden_embeddings(node: Node, tmp_path: Path) -> None:
     good = encoder_version()
     spoiled = Path(shutil.copytree(good.directory, tmp_path / "spoiled"))
-    columns = good.document.tensors
-    row = columns.name.index("layers.1.up.levels")
-    weights = np.memmap(spoiled / "weights.bin", np.uint8, "r+")
-    tensor = weights[columns.offset[row] : columns.offset[row] + columns.size_bytes(row)]
-    tensor[:] = np.random.default_rng(0).permutation(tensor)
-    weights.flush()
-    wrong = node.install(Version(spoiled, reseal_version(spoiled)))
+    row = good.document.tensors.name.index("layers.1.up.levels")
+    wrong = node.install(Version(spoiled, shuffle_tensor(spoiled, row)))
     path = f"/v2/repository/models/{ENCODER}/probe"
     seen = {}
     for candidate in (node.install(good), wrong):

@@ -5,9 +5,8 @@ import re
 import shutil
 import socket
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from runtime_fixtures import MODEL, Node, Version, ask, base_version, running, tuned_version, wait_for
+from runtime_fixtures import MODEL, Load, Node, Version, ask, base_version, running, tuned_version, wait_for
 
 from agent.runtime_client import RuntimeClient
 from forge.build import reseal_version
@@ -127,42 +126,21 @@ def test_graph_that_loads_but_breaks_its_contract_keeps_the_old_version(node: No
     assert answering(node) == base_version().fingerprint
 
 
-@dataclass(slots=True)
-class Load:
-    """Clients that ask without a pause, half of them streams."""
-
-    node: Node
-    stop: threading.Event = field(default_factory=threading.Event)
-    answers: list[set[str | None]] = field(default_factory=list)
-    failures: list[Exception] = field(default_factory=list)
-
-    def ask(self, stream: bool) -> None:
-        with self.node.client() as client:
-            while not self.stop.is_set():
-                try:
-                    reply: Any = client.chat.completions.create(
-                        model=MODEL, messages=SAY, max_tokens=40 if stream else 4, stream=stream
-                    )
-                    chunks = list(reply) if stream else [reply]
-                    assert chunks[-1].choices[0].finish_reason in ("stop", "length")
-                    self.answers.append({chunk.system_fingerprint for chunk in chunks})
-                except Exception as error:  # noqa: BLE001  every failure counts, whatever it is
-                    self.failures.append(error)
+def ask_for_tokens(node: Node, number: int) -> set[str | None]:
+    """A stream or a short answer; the versions that its chunks name."""
+    stream = number % 2 == 0
+    with node.client() as client:
+        reply: Any = client.chat.completions.create(
+            model=MODEL, messages=SAY, max_tokens=40 if stream else 4, stream=stream
+        )
+        chunks = list(reply) if stream else [reply]
+    assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+    return {chunk.system_fingerprint for chunk in chunks}
 
 
 def test_swaps_under_load_fail_no_request(node: Node) -> None:
-    load = Load(node)
-    threads = [threading.Thread(target=load.ask, args=(i % 2 == 0,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for version in (tuned_version(), base_version(), tuned_version(), base_version()):
-        swap(node, version)
-        done = len(load.answers)
-        wait_for("answers after a swap", lambda done=done: load.failures or len(load.answers) > done + 12)
-    load.stop.set()
-    for thread in threads:
-        thread.join(30)
-    assert load.failures == []
+    load = Load(partial(ask_for_tokens, node))
+    load.during([partial(swap, node, version) for version in (tuned_version(), base_version()) * 2])
     assert len(load.answers) > 40
     assert all(len(fingerprints) == 1 for fingerprints in load.answers)
     assert set.union(*load.answers) == {base_version().fingerprint, tuned_version().fingerprint}

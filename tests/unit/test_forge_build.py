@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from runtime_fixtures import shuffle_tensor
+
 from codec.versions import read_version
-from forge.build import build_version, parameters_of, reseal_version
+from forge.build import build_version, parameters_of
 from forge.evaluate import evaluate_version
 from forge.golden import row_error
 from forge.reference import shipped_judge
@@ -93,11 +98,7 @@ def test_each_layer_damaged_in_turn_is_caught(versions: dict[str, Path], tmp_pat
     for row in packed:
         spoiled = tmp_path / "spoiled"
         shutil.copytree(versions["base"], spoiled)
-        weights = np.memmap(spoiled / "weights.bin", np.uint8, "r+")
-        tensor = weights[columns.offset[row] : columns.offset[row] + columns.size_bytes(row)]
-        tensor[:] = np.random.default_rng(row).permutation(tensor)
-        weights.flush()
-        reseal_version(spoiled)
+        shuffle_tensor(spoiled, row)
         golden, errors = golden_errors(spoiled)
         caught[columns.name[row]] = max(errors) / golden.tolerance
         shutil.rmtree(spoiled)

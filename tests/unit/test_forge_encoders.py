@@ -2,14 +2,19 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from runtime_fixtures import shuffle_tensor
+
 from codec.versions import read_version
-from forge.build import build_version, reseal_version
+from forge.build import build_version
 from forge.encoder_checkpoint import read_encoder
 from forge.encoder_reference import shipped_encoder
 from forge.evaluate import evaluate_version
@@ -83,12 +88,7 @@ def test_each_matrix_damaged_in_turn_is_caught(
     spoiled = tmp_path / "spoiled"
     for row in chosen:
         shutil.copytree(versions[precision], spoiled)
-        weights = np.memmap(spoiled / "weights.bin", np.uint8, "r+")
-        tensor = weights[columns.offset[row] : columns.offset[row] + columns.size_bytes(row)]
-        items = tensor.view(np.float32 if columns.dtype[row] == "f32" else np.uint8)
-        items[:] = np.random.default_rng(row).permutation(items)
-        weights.flush()
-        reseal_version(spoiled)
+        shuffle_tensor(spoiled, row)
         golden, errors = golden_errors(spoiled)
         caught[columns.name[row]] = max(errors) / golden.tolerance
         shutil.rmtree(spoiled)

@@ -31,19 +31,19 @@ def _rows(model: str, threads: int) -> list[Row]:
     children: dict[str, Child | PeerAbsent] = {name: _start(kind, model, threads) for name, kind in kinds.items()}
     try:
         reading = measure({name: _reading(child) for name, child in children.items()}, ROUNDS)
-        decoding = measure({name: _decoding(child) for name, child in children.items()}, ROUNDS)
+        decoded = measure({name: decoding(child) for name, child in children.items()}, ROUNDS)
     finally:
         for child in children.values():
             if isinstance(child, Child):
                 child.close()
     rows = []
     for name, bound in TARGETS.items():
-        pair = {"ours": decoding["ours"], name: decoding[name]}
+        pair = {"ours": decoded["ours"], name: decoded[name]}
         rows += rows_against(f"{model}: decode, {threads} threads", "tok/s", "ours", pair, at_least(bound, ratio=True))
     rows += rows_against(
         f"{model}: prefill of {PROMPT_TOKENS}", "tok/s", "ours", reading, at_least(PREFILL_TARGET, ratio=True)
     )
-    ours = decoding["ours"]
+    ours = decoded["ours"]
     assert ours is not None
     return [*rows, _limit(model, ours)]
 
@@ -68,7 +68,9 @@ def _reading(child: Child | PeerAbsent) -> Subject:
     return subject
 
 
-def _decoding(child: Child | PeerAbsent) -> Subject:
+def decoding(child: Child | PeerAbsent) -> Subject:
+    """Tokens per second of a decoder that is warm."""
+
     def subject() -> float:
         if isinstance(child, PeerAbsent):
             raise child

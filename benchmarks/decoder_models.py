@@ -6,7 +6,7 @@ peers run the same weights. A crash leaves a temporary name beside it, which the
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from safetensors.numpy import save_file
 from codec.versions import VERSION_FILE, read_version
 from forge.build import build_version
 from forge.cache_scales import Int8Cache
+from forge.prune import Rule, prune_checkpoint
+from forge.shrink import Shrinking, shrink_checkpoint
 from wire.digest import digest_of
 from wire.manifest import DecoderConfig, VersionDocument
 
@@ -71,6 +73,19 @@ def sample(cache: Int8Cache | None = None) -> Decoder:
     return _built("tales-5m", SAMPLE, cache)
 
 
+def pruned(model: Callable[[], Decoder], choice: Shrinking | Rule) -> Decoder:
+    """A decoder whose checkpoint was pruned after `choice`."""
+    whole = model()
+    kind = "of-fewer-columns-and-heads" if isinstance(choice, Shrinking) else "with-zeros"
+    checkpoint = HOME / f"{whole.checkpoint.name}-{kind}-{_digest_of_forge()}"
+    if not checkpoint.is_dir():
+        if isinstance(choice, Shrinking):
+            shrink_checkpoint(whole.checkpoint, checkpoint, choice)
+        else:
+            prune_checkpoint(whole.checkpoint, checkpoint, choice)
+    return _built(f"{whole.name}-{kind}", checkpoint, None)
+
+
 def random_tensors() -> Iterator[tuple[str, NDArray[np.float16]]]:
     """Tensors by their names in a checkpoint, normal with the spread that such models start from."""
     hidden, mlp = SMOLLM["hidden_size"], SMOLLM["intermediate_size"]
@@ -104,11 +119,15 @@ def _tokenizer(size: int) -> str:
 
 def _built(name: str, checkpoint: Path, cache: Int8Cache | None) -> Decoder:
     """Built again whenever the forge makes another graph."""
-    sources = sorted((ROOT / "forge").glob("*.py"))
     kind = checkpoint.name if cache is None else f"{checkpoint.name}-int8-cache"
-    directory = HOME / f"{kind}-{digest_of(b''.join(path.read_bytes() for path in sources))[:12]}"
+    directory = HOME / f"{kind}-{_digest_of_forge()}"
     if not (directory / VERSION_FILE).is_file():
         HOME.mkdir(parents=True, exist_ok=True)
         Console(stderr=True).print(f"building {name}")
         build_version(checkpoint, directory, (name, "1"), cache=cache)
     return Decoder(name, checkpoint, directory, read_version(directory))
+
+
+def _digest_of_forge() -> str:
+    sources = sorted((ROOT / "forge").glob("*.py"))
+    return digest_of(b"".join(path.read_bytes() for path in sources))[:12]

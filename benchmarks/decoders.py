@@ -13,13 +13,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from benchmarks.children import OrderedChild
-from benchmarks.decoder_models import Decoder, sample, smollm
+from benchmarks.decoder_models import Decoder, pruned, sample, smollm
 from benchmarks.harness import PeerAbsent
+from forge.prune import Magnitude
+from forge.shrink import Shrinking
 from wire.documents import parse_document
 from wire.serving import ExecutionOptions, ProbeReport
 
 CONTEXT_TOKENS = 2048
 MODELS: dict[str, Callable[[], Decoder]] = {"smollm-135m": smollm, "tales-5m": sample}
+PRUNED: dict[str, Callable[[], Decoder]] = {
+    "smollm-135m shrunken": lambda: pruned(smollm, Shrinking(heads=1 / 3, mlp=0.25)),
+    "smollm-135m with zeros": lambda: pruned(smollm, Magnitude(0.5)),
+    "tales-5m shrunken": lambda: pruned(sample, Shrinking(heads=0.5, mlp=0.25)),
+    "tales-5m with zeros": lambda: pruned(sample, Magnitude(0.5)),
+}
 
 
 class Subject(Protocol):
@@ -164,7 +172,7 @@ def serve(kind: str, model: str, threads: int) -> None:
     """The child's side."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    subject = KINDS[kind](MODELS[model](), threads)
+    subject = KINDS[kind]((MODELS | PRUNED)[model](), threads)
     print(json.dumps({"tell": subject.tell}), file=replies, flush=True)
     for line in sys.stdin:
         order = json.loads(line)

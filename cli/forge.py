@@ -3,13 +3,14 @@
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from cli.inspection import artifact_tables, artifacts_table, version_table
-from cli.terminal import console, progress
+from cli.shrinking import AsJson, prune
+from cli.terminal import console, print_figures, progress
 from codec.versions import VERSION_FILE, read_version
 from forge.artifact import Artifact, artifacts_in, read_artifact
 from forge.build import build_version, parameters_of
@@ -36,12 +37,12 @@ class CacheType(StrEnum):
     INT8 = "int8"
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-
-
 @app.callback()
 def _forge() -> None:
     """Turn a checkpoint into a signed release."""
+
+
+app.command()(prune)
 
 
 @app.command()
@@ -76,7 +77,7 @@ def build(
         "model": name, "version": version, "decoded": document.decoded_digest(),
         "parameters": parameters_of(document), "raw_bytes": sum(entry.size_bytes for entry in document.files),
     }  # fmt: skip
-    _print(figures, as_json, f"{name} {version}")
+    print_figures(figures, as_json, f"{name} {version}")
 
 
 @app.command()
@@ -107,7 +108,7 @@ def evaluate(
     """Perplexity, KL divergence and top-1 agreement against the float32 twin."""
     with progress() as report:
         figures = evaluate_version(version_dir, windows, limit, report)
-    _print(figures, as_json, "quality against the float32 twin")
+    print_figures(figures, as_json, "quality against the float32 twin")
 
 
 @app.command()
@@ -125,7 +126,7 @@ def verify(
             raise ConfigError("a release is checked against the keys that nodes trust; give --trust trust.json")
         else:
             figures, title = verify_release(target, trust, base, report), "release verified"
-    _print(figures, as_json, title)
+    print_figures(figures, as_json, title)
 
 
 @app.command()
@@ -208,13 +209,3 @@ def _show_release(summary: ReleaseSummary) -> None:
         table.add_row("delta", "", "", f"{summary.delta_wire_bytes:,}", "", "")
     console().print(table)
     print(f"release {summary.release}")
-
-
-def _print(figures: dict[str, Any], as_json: bool, title: str) -> None:
-    if as_json:
-        print(json.dumps(figures))
-        return
-    table = Table("figure", "value", title=title)
-    for key, value in figures.items():
-        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
-    console().print(table)

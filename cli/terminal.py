@@ -1,11 +1,14 @@
 """The terminal that commands print on: tables at its own width, or a fixed one where nothing sets it, and progress."""
 
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 PLAIN_COLUMNS = 132
 """Width in pipes and logs, where rich would assume 80 and cut every table."""
@@ -29,3 +32,14 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(task, description=what, completed=done, total=total or None)
 
         yield report
+
+
+def print_figures(figures: Mapping[str, Any], as_json: bool, title: str) -> None:
+    """Figures by name, as one JSON document or as a table."""
+    if as_json:
+        print(json.dumps(figures))
+        return
+    table = Table("figure", "value", title=title)
+    for key, value in figures.items():
+        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+    console().print(table)

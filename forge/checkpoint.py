@@ -51,6 +51,10 @@ class Tensors:
             raise ConfigError(f"{self.weights} cannot be read ({error}); download the checkpoint again") from error
         self.names: frozenset[str] = frozenset(self._file.keys())  # type: ignore[no-untyped-call]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of tensor `name`, which must be one of `names`."""
+        return tuple(self._file.get_slice(name).get_shape())
+
     def tensor(self, name: str, shape: tuple[int, ...]) -> Float:
         """Tensor `name` as float32 of `shape`.
 

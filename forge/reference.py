@@ -41,6 +41,10 @@ class Judge:
 
     def logits(self, ids: Sequence[int], rows: Sequence[int] | None = None) -> Float:
         """Logits float32 [len(rows), vocabulary] of the prompt `ids` in one forward; all rows by default."""
+        return self.values(["logits"], ids, rows)[0]
+
+    def values(self, names: Sequence[str], ids: Sequence[int], rows: Sequence[int] | None = None) -> list[Float]:
+        """What the graph's outputs `names` are for the prompt `ids`, float32; logits of all rows by default."""
         length = len(ids)
         empty = np.zeros((1, self._kv_heads, length, self._head_size), self._cache_dtype)
         feeds: dict[str, NDArray[np.generic]] = {
@@ -51,7 +55,7 @@ class Judge:
         }
         for i in range(self._layers):
             feeds[f"past_key_values.{i}.key"] = feeds[f"past_key_values.{i}.value"] = empty
-        return np.asarray(self._session.run(["logits"], feeds)[0], np.float32)
+        return [np.asarray(found, np.float32) for found in self._session.run(list(names), feeds)]
 
 
 def open_judge(model: Path | bytes) -> Any:

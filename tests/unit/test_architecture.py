@@ -40,10 +40,11 @@ FENCES = {
     "zstandard": {"codec/", "agent/decoder.py"},
     "openai": {"cli/demo/"},
     "matplotlib": {"forge/picture.py"},
+    "torch": {"forge/training/"},
 }
 """By library, the only modules or packages that may import it."""
 
-NODE_FORBIDDEN = {"rich", "typer", "cryptography", "onnx", "safetensors", "openai", "click", "matplotlib"}
+NODE_FORBIDDEN = {"rich", "typer", "cryptography", "onnx", "safetensors", "openai", "click", "matplotlib", "torch"}
 AGENT_FORBIDDEN = NODE_FORBIDDEN | {"numpy", "onnxruntime", "tokenizers", "zstandard"}
 DURABILITY_CALLS = {"fsync", "fdatasync", "sync", "rename", "replace", "renames", "link", "symlink"}
 LINES_OF_A_MODULE = 400

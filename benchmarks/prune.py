@@ -1,0 +1,60 @@
+"""Pruned decoders beside the dense one: bytes on the wire and tokens per second, one stream.
+
+A third to a half of the heads and a quarter of the MLP columns leave in one, half of the weights become zero in the
+other. The runtime has no sparse kernels, so of zeros no speed is expected, and none is a target.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.decode import decoding
+from benchmarks.decoder_models import Decoder
+from benchmarks.decoders import MODELS, PRUNED, Child
+from benchmarks.harness import Row, Target, at_least, at_most, exact, measure, row
+from forge.release import make_release
+from host.keys import create_key, load_signer
+from runtime.cpu import allowed_threads
+
+ROUNDS = 7
+FASTER = 1.1
+"""Shrunken models have 0.74 to 0.76 of the weights outside of their embedding."""
+
+
+def run() -> Sequence[Row]:
+    """Rows for both models."""
+    return [entry for model in MODELS for entry in (*_speed(model), *_wire(model))]
+
+
+def _speed(model: str) -> list[Row]:
+    names = [model, *(name for name in PRUNED if name.startswith(model))]
+    threads = allowed_threads(0)
+    children = {name: Child("ours", name, threads) for name in names}
+    try:
+        measured = measure({name: decoding(child) for name, child in children.items()}, ROUNDS)
+    finally:
+        for child in children.values():
+            child.close()
+    rows = []
+    for name in names[1:]:
+        own = measured[name]
+        assert own is not None
+        target: Target | None = at_least(FASTER, ratio=True) if name.endswith("shrunken") else None
+        rows.append(row(f"{name}: decode, {threads} threads", "tok/s", own, target, (model, measured[model])))
+    return rows
+
+
+def _wire(model: str) -> list[Row]:
+    dense = exact(_wire_bytes(MODELS[model]()))
+    pruned = [name for name in PRUNED if name.startswith(model)]
+    return [
+        row(f"{name}: full artifact", "B", exact(_wire_bytes(PRUNED[name]())), at_most(0.9, ratio=True), (model, dense))
+        for name in pruned
+    ]
+
+
+def _wire_bytes(decoder: Decoder) -> int:
+    with tempfile.TemporaryDirectory(prefix="amperage-bench-") as folder:
+        create_key(Path(folder, "key.pem"))
+        signer = load_signer(Path(folder, "key.pem"))
+        return make_release(decoder.directory, Path(folder, "release"), signer, sequence=1).wire_bytes

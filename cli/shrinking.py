@@ -1,0 +1,62 @@
+"""`amperage forge prune`, `distil` and `train-quantised`: a checkpoint in, a smaller or better prepared one out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.terminal import print_figures, progress
+from forge.evaluate import read_windows
+from forge.prune import Magnitude, Pattern, Rule, Scope, Threshold, prune_checkpoint
+from forge.shrink import Shrinking, shrink_checkpoint
+from wire.errors import ConfigError
+
+Source = Annotated[Path, typer.Argument(help="Folder with config.json, model.safetensors, tokenizer.json.")]
+Out = Annotated[Path, typer.Argument(help="New folder of the same kind, which `forge build` takes.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+
+
+def prune(
+    source: Source,
+    out: Out,
+    magnitude: Annotated[float | None, typer.Option(help="Share of the smallest weights to set to zero.")] = None,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Take that share of every matrix by itself.")] = False,
+    threshold: Annotated[float | None, typer.Option(help="Set weights below this size to zero.")] = None,
+    n_m: Annotated[str | None, typer.Option(help="Keep N of every M weights along the input, for example 2:4.")] = None,
+    heads: Annotated[float, typer.Option(help="Share of heads to remove, as whole groups that share keys.")] = 0.0,
+    mlp: Annotated[float, typer.Option(help="Share of MLP columns to remove, down to a multiple of 32.")] = 0.0,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Token windows as in samples/eval, to judge heads and columns by what they do.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Set weights to zero (smaller on the wire only), or remove heads and MLP columns (smaller and faster)."""
+    rules = _rules(magnitude, per_layer, threshold, n_m)
+    structured = bool(heads or mlp)
+    if len(rules) + structured != 1:
+        raise ConfigError("choose one of --magnitude, --threshold, --n-m, or --heads and --mlp; prune twice for two")
+    if calibration is not None and not structured:
+        raise ConfigError("zeros are chosen by the size of weights alone; leave --calibration out")
+    with progress() as report:
+        if structured:
+            windows = read_windows(calibration) if calibration is not None else None
+            figures = shrink_checkpoint(source, out, Shrinking(heads, mlp), windows, report)
+        else:
+            figures = prune_checkpoint(source, out, rules[0], report)
+    print_figures(figures, as_json, str(out))
+
+
+def _rules(magnitude: float | None, per_layer: bool, threshold: float | None, n_m: str | None) -> list[Rule]:
+    rules: list[Rule] = []
+    if magnitude is not None:
+        rules.append(Magnitude(magnitude, Scope.MATRIX if per_layer else Scope.GLOBAL))
+    elif per_layer:
+        raise ConfigError("--per-layer says how --magnitude is taken; add --magnitude")
+    if threshold is not None:
+        rules.append(Threshold(threshold))
+    if n_m is not None:
+        kept, _, group = n_m.partition(":")
+        if not (kept.isdecimal() and group.isdecimal()):
+            raise ConfigError(f"{n_m!r} is no pattern; write it as 2:4")
+        rules.append(Pattern(int(kept), int(group)))
+    return rules

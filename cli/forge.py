@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from cli.inspection import artifact_tables, artifacts_table, version_table
-from cli.shrinking import AsJson, prune
+from cli.shrinking import AsJson, distil, prune, train_quantised
 from cli.terminal import console, print_figures, progress
 from codec.versions import VERSION_FILE, read_version
 from forge.artifact import Artifact, artifacts_in, read_artifact
@@ -43,6 +43,8 @@ def _forge() -> None:
 
 
 app.command()(prune)
+app.command()(distil)
+app.command("train-quantised")(train_quantised)
 
 
 @app.command()

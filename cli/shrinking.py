@@ -14,6 +14,14 @@ from wire.errors import ConfigError
 Source = Annotated[Path, typer.Argument(help="Folder with config.json, model.safetensors, tokenizer.json.")]
 Out = Annotated[Path, typer.Argument(help="New folder of the same kind, which `forge build` takes.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Texts = Annotated[list[Path], typer.Option("--text", help="Text file in UTF-8 to train on; repeatable.")]
+Heldout = Annotated[Path | None, typer.Option(help="Text file whose first 32 x 512 tokens judge the result.")]
+Steps = Annotated[int, typer.Option(min=1, help="How many batches.")]
+Batch = Annotated[int, typer.Option(min=1, help="Pieces of text per batch.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens per piece.")]
+Seed = Annotated[int, typer.Option(min=0, help="Decides which pieces, and what begins with chance.")]
+SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between states; a kill loses no more than these.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run for this place that was cut off.")]
 
 
 def prune(
@@ -60,3 +68,65 @@ def _rules(magnitude: float | None, per_layer: bool, threshold: float | None, n_
             raise ConfigError(f"{n_m!r} is no pattern; write it as 2:4")
         rules.append(Pattern(int(kept), int(group)))
     return rules
+
+
+def distil(
+    teacher: Source,
+    out: Out,
+    text: Texts,
+    steps: Steps,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the student.")] = None,
+    hidden: Annotated[int | None, typer.Option(min=32, help="Hidden size of the student.")] = None,
+    mlp: Annotated[int | None, typer.Option(min=32, help="MLP columns of the student.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.1, help="Of the distributions that are compared.")] = 2.0,
+    hidden_weight: Annotated[float, typer.Option(min=0, help="Weight of the distance of hidden states.")] = 1.0,
+    text_weight: Annotated[float, typer.Option(min=0, help="Weight of the text's own next tokens.")] = 0.0,
+    batch: Batch = 8,
+    length: Length = 256,
+    learning_rate: Annotated[float, typer.Option(min=0, help="At its peak.")] = 1e-3,
+    seed: Seed = 0,
+    save_every: SaveEvery = 50,
+    heldout: Heldout = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a student of fewer layers or less width to answer as its teacher does. Needs the extra `train`."""
+    from forge.training.distil import Distillation
+    from forge.training.distil import distil as train
+    from forge.training.job import Job
+    from forge.training.optimisation import Schedule
+
+    recipe = Distillation(layers, hidden, mlp, temperature, hidden_weight, text_weight)
+    schedule = Schedule(steps, batch, length, learning_rate, seed, save_every)
+    with progress() as report:
+        figures = train(Job(teacher, out, text, schedule, heldout, resume, report), recipe)
+    print_figures(figures, as_json, str(out))
+
+
+def train_quantised(
+    source: Source,
+    out: Out,
+    text: Texts,
+    steps: Steps,
+    method: Annotated[str, typer.Option(help="int4 or ternary.")] = "int4",
+    batch: Batch = 8,
+    length: Length = 256,
+    learning_rate: Annotated[float, typer.Option(min=0, help="At its peak.")] = 5e-4,
+    seed: Seed = 0,
+    save_every: SaveEvery = 50,
+    heldout: Heldout = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a checkpoint to be itself although its matrices are rounded. Needs the extra `train`."""
+    from forge.training.grid import Method
+    from forge.training.job import Job
+    from forge.training.optimisation import Schedule
+    from forge.training.qat import train_quantised as train
+
+    if method not in set(Method):
+        raise ConfigError(f"{method!r} is no method; choose one of {sorted(Method)}")
+    schedule = Schedule(steps, batch, length, learning_rate, seed, save_every)
+    with progress() as report:
+        figures = train(Job(source, out, text, schedule, heldout, resume, report), Method(method))
+    print_figures(figures, as_json, str(out))

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from benchmarks.decoder_models import HOME, Decoder, smollm
 from benchmarks.decoders import CONTEXT_TOKENS, Llama
-from runtime.memory import limit_arenas, trim_heap
+from runtime.memory import tighten_heap, trim_heap
 from wire.serving import ExecutionOptions, ServingModel
 
 CACHE = HOME / "prepack"
@@ -78,7 +78,7 @@ def serve(order: dict[str, Any]) -> None:
     """The child's side; `order` says what {"load": true} loads."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    limit_arenas()
+    tighten_heap()
     decoder = smollm()
     before = rollup()
     loaded: Loaded | None = None

@@ -24,7 +24,7 @@ from runtime.admin import make_admin
 from runtime.api import make_api
 from runtime.cores import core_groups, own_cores
 from runtime.cpu import allowed_threads, detect_cpu
-from runtime.memory import limit_arenas
+from runtime.memory import tighten_heap
 from runtime.registry import Registry
 from runtime.session import ONNXRUNTIME
 from runtime.settings import RuntimeSettings
@@ -73,7 +73,7 @@ def serve(settings: RuntimeSettings) -> None:
     try:
         admin = open_listener(settings.admin_socket, ADMIN_MODE, inherited)
         try:
-            limit_arenas()
+            tighten_heap()
             sys.setswitchinterval(SWITCH_INTERVAL_S)
             asyncio.run(_serve(settings, public, admin))
         finally:

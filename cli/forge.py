@@ -54,7 +54,7 @@ def build(
     version: Annotated[str, typer.Option(help="Version for people, for example 1.0.")],
     out: Annotated[Path, typer.Option(help="New version directory.")],
     precision: Annotated[
-        Precision | None, typer.Option(help="How matrices are stored: int4 for decoders; encoders are int8 by default.")
+        Precision | None, typer.Option(help="How matrices are stored; else int4, of encoders int8.")
     ] = None,
     scales_of: Annotated[Path | None, typer.Option(help="Version whose scales are kept for a small delta.")] = None,
     kv_cache: Annotated[
@@ -105,11 +105,14 @@ def evaluate(
     version_dir: Annotated[Path, typer.Argument(help="Version directory.")],
     windows: Annotated[Path, typer.Option(help="JSON file with token windows, as in samples/eval.")],
     limit: Annotated[int, typer.Option(min=1, help="How many windows.")] = 16,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="What it was built from, to tell what its precision costs.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement against the float32 twin."""
     with progress() as report:
-        figures = evaluate_version(version_dir, windows, limit, report)
+        figures = evaluate_version(version_dir, windows, limit, report, checkpoint=checkpoint)
     print_figures(figures, as_json, "quality against the float32 twin")
 
 

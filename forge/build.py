@@ -51,6 +51,7 @@ TEMPLATE_FILE = "chat_template.jinja"
 FILES = (MODEL_FILE, WEIGHTS_FILE, TOKENIZER_FILE, TEMPLATE_FILE, GOLDEN_FILE)
 
 DECODER_PRECISION = Precision.INT4
+ENCODER_PRECISIONS = (Precision.FLOAT32, Precision.INT8, Precision.INT4)
 ENCODER_PRECISION = Precision.INT8
 """all-MiniLM-L6-v2 keeps a cosine of 0.999 to its float32 embeddings in int8, and 0.93 to 0.98 in int4."""
 
@@ -120,8 +121,6 @@ class _Choices:
 
 def _make_decoder(source: Path, out: Path, choices: _Choices) -> tuple[ModelConfig, TensorColumns]:
     """Weights, graph, tokenizer and chat template, the plain one when the checkpoint has none."""
-    if choices.precision not in (None, DECODER_PRECISION):
-        raise ConfigError(f"decoders are built as {DECODER_PRECISION} only; leave the precision out")
     checkpoint = Checkpoint(source)
     a, progress = checkpoint.architecture, choices.progress
     _copy_tokenizer(source, out)
@@ -133,7 +132,10 @@ def _make_decoder(source: Path, out: Path, choices: _Choices) -> tuple[ModelConf
         eos_token_ids=a.eos_token_ids,
     )  # fmt: skip
     with writing_weights(out) as writer:
-        weights = place_weights(checkpoint, writer, base_scales=choices.base_scales, progress=progress)
+        weights = place_weights(
+            checkpoint, writer, base_scales=choices.base_scales, precision=choices.precision or DECODER_PRECISION,
+            progress=progress,
+        )  # fmt: skip
         _write_graph(out, build_graph(a, weights))
         if choices.cache is not None:
             writer.sink.flush()
@@ -147,6 +149,8 @@ def _make_encoder(source: Path, out: Path, choices: _Choices) -> tuple[ModelConf
     """Weights, graph and tokenizer."""
     if choices.cache is not None:
         raise ConfigError("an encoder keeps no keys and values; leave the cache's type out")
+    if choices.precision is not None and choices.precision not in ENCODER_PRECISIONS:
+        raise ConfigError(f"encoders are not built as {choices.precision}; use one of {', '.join(ENCODER_PRECISIONS)}")
     checkpoint = EncoderCheckpoint(source)
     a, precision = checkpoint.architecture, choices.precision or ENCODER_PRECISION
     _copy_tokenizer(source, out)

@@ -29,7 +29,7 @@ def place_weights(
     if a.tied_head:
         head = embedding if precision is not Precision.FLOAT32 else placer.matrix("lm_head", table)
     else:
-        head = placer.matrix("lm_head", checkpoint.tensor("lm_head.weight", (a.vocab_size, a.hidden_size)))
+        head = placer.head("lm_head", checkpoint.tensor("lm_head.weight", (a.vocab_size, a.hidden_size)))
     return Weights(embedding, layers, norm, head)
 
 

@@ -1,6 +1,7 @@
 """Quality of a version: perplexity over token windows, and how far it is from its float32 twin."""
 
 import json
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codec.versions import read_version
+from forge.checkpoint import Checkpoint
 from forge.progress import Progress, silent
 from forge.quantise import Float
-from forge.reference import Judge, float_cache_judge, shipped_judge, twin_judge
+from forge.reference import Judge, checkpoint_judge, float_cache_judge, shipped_judge, twin_judge
 from wire.errors import ConfigError
 from wire.manifest import DecoderConfig, Dtype
 
@@ -69,16 +71,26 @@ class _Compared:
         }
 
 
-def evaluate_version(directory: Path, windows: Path, limit: int, progress: Progress = silent) -> dict[str, Any]:
-    """Perplexity of the int4 model and of its float32 twin, mean KL(twin || int4) in nats, top-1 agreement; for an int8
-    cache also against the same model with a float32 cache, which is what the cache costs.
+def evaluate_version(
+    directory: Path, windows: Path, limit: int, progress: Progress = silent, *, checkpoint: Path | None = None
+) -> dict[str, Any]:
+    """Perplexity of the model as shipped and of its float32 twin, mean KL(twin || shipped) in nats, top-1 agreement;
+    with `checkpoint` also against that in float32, which is what the precision costs; for an int8 cache also against
+    the same model with a float32 cache, which is what the cache costs.
     """
+    with tempfile.TemporaryDirectory(prefix="amperage-forge-") as scratch:
+        original = None if checkpoint is None else checkpoint_judge(Checkpoint(checkpoint), Path(scratch))
+        return _evaluate(directory, read_windows(windows)[:limit], original, progress)
+
+
+def _evaluate(directory: Path, chosen: list[list[int]], original: Judge | None, progress: Progress) -> dict[str, Any]:
     version = read_version(directory)
-    chosen = read_windows(windows)[:limit]
     shipped = shipped_judge(directory, version)
     others = {"float_twin": (twin_judge(directory, version), "", _Compared())}
     if isinstance(version.config, DecoderConfig) and version.config.kv_cache is not Dtype.F32:
         others["float_cache"] = (float_cache_judge(directory, version), "_of_cache", _Compared())
+    if original is not None:
+        others["checkpoint"] = (original, "_of_checkpoint", _Compared())
     losses: list[Double] = []
     for number, window in enumerate(chosen):
         progress("evaluate", number, len(chosen))

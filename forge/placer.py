@@ -27,7 +27,7 @@ class Placer:
             dense = self.writer.add(f"{name}.weight", np.ascontiguousarray(weights.T), Layout.F32)
             return Matrix(rows, columns, dense=dense)
         scales = self.base_scales.get(f"{name}.scales")
-        return place_quantised(self.writer, name, quantise_blocks(name, weights, scales, bits=self.precision.bits))
+        return place_quantised(self.writer, name, quantise_blocks(name, weights, scales, precision=self.precision))
 
     def integers(self, name: str, weights: Float, largest: Float | None, zero_point: int) -> IntegerMatrix:
         """A matrix [rows, columns] that is multiplied as int8; `largest` [columns] are the largest sizes of what it is
@@ -45,9 +45,13 @@ class Placer:
     def table(self, name: str, weights: Float) -> Matrix:
         """A matrix [rows, columns] whose rows are looked up."""
         if self.precision is not Precision.FLOAT32:
-            return self.matrix(name, weights)
+            return self.head(name, weights)
         rows, columns = weights.shape
         return Matrix(rows, columns, dense=self.vector(f"{name}.weight", weights))
+
+    def head(self, name: str, weights: Float) -> Matrix:
+        """A matrix [words, columns] of logits, in the precision of tables."""
+        return Placer(self.writer, self.base_scales, self.precision.of_tables).matrix(name, weights)
 
     def vector(self, name: str, values: Float) -> Placed:
         """Values of any shape that stay in float."""
@@ -56,7 +60,7 @@ class Placer:
 
 def place_quantised(writer: WeightsWriter, name: str, matrix: BlockMatrix) -> Matrix:
     """Place a quantised matrix as two tensors, `name`.packed and `name`.scales."""
-    dtype = Dtype.U4 if matrix.bits == 4 else Dtype.U8
+    dtype = {2: Dtype.U2, 4: Dtype.U4, 8: Dtype.U8}[matrix.bits]
     packed = writer.add(f"{name}.packed", matrix.packed, Layout.BYTES, dtype=dtype, shape=matrix.shape)
     scales = writer.add(f"{name}.scales", matrix.scales, Layout.F32_BF16_GRID)
     return Matrix(*matrix.shape, bits=matrix.bits, packed=packed, scales=scales)

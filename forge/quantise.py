@@ -1,11 +1,14 @@
-"""int4 and int8 on scales of the bfloat16 grid: by blocks for what is decoded or looked up, by channels for encoders.
+"""Few bits on scales of the bfloat16 grid: by blocks for what is decoded or looked up, by channels for encoders.
 
 A row of K weights is cut into blocks of 32; a block stores q = round(w / s) in [-8, 7] as q + 8, of int8 in [-128, 127]
-as q + 128, and one scale s. The scale is rounded to bfloat16 *before* quantising: the error does not change and a scale
-costs half the bytes (measured: 0.324 against 0.824 bits per weight). Of int4, among a few shrunken scales the one with
-the least squared error is kept, which clips a block's largest weight a little to place the others better.
+as q + 128, of what has two bits in [-2, 1] as q + 2, and one scale s. The scale is rounded to bfloat16 *before*
+quantising: the error does not change and a scale costs half the bytes (measured: 0.324 against 0.824 bits per weight).
+Of int4, among a few shrunken scales the one with the least squared error is kept, which clips a block's largest weight
+a little to place the others better. With two bits levels are so few that every scale tried is fitted once more, by
+least squares, to the levels that it gave.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -20,6 +23,10 @@ Bytes = NDArray[np.uint8]
 BLOCK = 32
 SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82)
 """Shares of absmax / 7 that are tried as scale; int8 clips nothing, its error is small enough."""
+STARTS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3)
+"""Shares of absmax from which the scale of two bits is fitted."""
+SMALLEST = np.float32(2.0**-20)
+"""Scale of a block of zeros."""
 
 
 class Precision(StrEnum):
@@ -28,16 +35,26 @@ class Precision(StrEnum):
     FLOAT32 = "float32"
     INT8 = "int8"
     INT4 = "int4"
+    INT2 = "int2"
+    TERNARY = "ternary"
+    """-1, 0 or 1 times the scale, in two bits."""
+    BINARY = "binary"
+    """-1 or 1 times the scale, in two bits, which cost one on the wire."""
 
     @property
     def bits(self) -> int:
-        """Bits of a weight, without its share of a scale."""
-        return {Precision.FLOAT32: 32, Precision.INT8: 8, Precision.INT4: 4}[self]
+        """Bits of a stored weight, without its share of a scale."""
+        return {Precision.FLOAT32: 32, Precision.INT8: 8, Precision.INT4: 4}.get(self, 2)
+
+    @property
+    def of_tables(self) -> "Precision":
+        """What the embedding and the head are stored in: two bits would cost them more than they save."""
+        return Precision.INT4 if self.bits == 2 else self
 
 
 @dataclass(frozen=True, slots=True)
 class BlockMatrix:
-    """A quantised matrix [rows, columns]; `packed` uint8 [rows, columns * bits / 8], int4 low nibble first; `scales`
+    """A quantised matrix [rows, columns]; `packed` uint8 [rows, columns * bits / 8], low bits first; `scales`
     float32 [rows, columns / 32] on the bfloat16 grid."""
 
     packed: Bytes
@@ -52,18 +69,17 @@ class BlockMatrix:
     def dequantise(self) -> Float:
         """float32 [rows, columns]: what the kernels compute with."""
         levels = np.empty(self.shape, np.float32)
-        if self.bits == 4:
-            levels[:, 0::2] = self.packed & 0x0F
-            levels[:, 1::2] = self.packed >> 4
-        else:
-            levels[:] = self.packed
+        for i in range(per := 8 // self.bits):
+            levels[:, i::per] = self.packed >> self.bits * i & (1 << self.bits) - 1
         blocks = (levels - _zero_point(self.bits)).reshape(self.shape[0], -1, BLOCK)
         return np.asarray((blocks * self.scales[:, :, None]).reshape(self.shape), np.float32)
 
 
-def quantise_blocks(name: str, weights: Float, base_scales: Float | None = None, *, bits: int = 4) -> BlockMatrix:
-    """Quantise `weights` [rows, columns]; with `base_scales` a block keeps the base's scale unless that would clip it,
-    so that the difference to the base stays sparse.
+def quantise_blocks(
+    name: str, weights: Float, base_scales: Float | None = None, *, precision: Precision = Precision.INT4
+) -> BlockMatrix:
+    """Quantise `weights` [rows, columns]; with `base_scales` a block of int8 or int4 keeps the base's scale unless
+    that would clip it, so that the difference to the base stays sparse.
 
     Raises ArtifactError(unsupported) when columns are no multiple of 32.
     """
@@ -74,12 +90,16 @@ def quantise_blocks(name: str, weights: Float, base_scales: Float | None = None,
             f"tensor {name} has {columns} columns, no multiple of {BLOCK}; keep it in float or pad the model",
         )
     blocks = weights.reshape(rows, columns // BLOCK, BLOCK)
-    scales = _best_scales(blocks, bits)
-    if base_scales is not None and base_scales.shape == scales.shape:
+    bits = precision.bits
+    scales = _fitted_scales(blocks, precision) if bits == 2 else _best_scales(blocks, precision)
+    if base_scales is not None and base_scales.shape == scales.shape and bits > 2:
         fits = np.abs(blocks).max(axis=2) <= base_scales * (_zero_point(bits) + 0.5)
         scales = np.where(fits & (base_scales > 0), base_scales, scales)
-    levels = _levels(blocks, scales, bits).reshape(rows, columns).astype(np.uint8)
-    packed: Bytes = levels if bits == 8 else levels[:, 0::2] | levels[:, 1::2] << np.uint8(4)
+    levels = (_rounded(blocks, scales, precision) + _zero_point(bits)).reshape(rows, columns).astype(np.uint8)
+    per = 8 // bits
+    packed: Bytes = np.zeros((rows, columns // per), np.uint8)
+    for i in range(per):
+        packed |= levels[:, i::per] << np.uint8(bits * i)
     return BlockMatrix(packed, scales, bits)
 
 
@@ -117,25 +137,51 @@ def _zero_point(bits: int) -> int:
     return 1 << (bits - 1)
 
 
-def _best_scales(blocks: Float, bits: int) -> Float:
-    """The scale of least squared error per block, float32 [rows, blocks]; an all-zero block gets 2 ** -20."""
-    zero = _zero_point(bits)
+def _best_scales(blocks: Float, precision: Precision) -> Float:
+    """The scale of least squared error per block of int4 or int8, float32 [rows, blocks]."""
     largest = np.abs(blocks).max(axis=2)
-    full = np.where(largest > 0, largest / (zero - 1), np.float32(2.0**-20)).astype(np.float32)
-    best = np.zeros_like(full)
-    least = np.full(full.shape, np.inf, np.float32)
-    for shrink in SHRINKS if bits == 4 else SHRINKS[:1]:
-        scales = to_bf16_grid(full * np.float32(shrink))
-        error = np.square((_levels(blocks, scales, bits) - zero) * scales[:, :, None] - blocks).sum(axis=2)
+    highest = _zero_point(precision.bits) - 1
+    full = np.where(largest > 0, largest / highest, SMALLEST).astype(np.float32)
+    shrinks = SHRINKS if precision is Precision.INT4 else SHRINKS[:1]
+    return _least_error(blocks, (to_bf16_grid(full * np.float32(shrink)) for shrink in shrinks), precision)
+
+
+def _fitted_scales(blocks: Float, precision: Precision) -> Float:
+    """The same of two bits, float32 [rows, blocks]. A scale of int2 may be negative: its levels are not symmetric."""
+
+    def tried() -> Iterator[Float]:
+        largest = np.abs(blocks).max(axis=2)
+        for start in STARTS:
+            for sign in (1, -1) if precision is Precision.INT2 else (1,):
+                scales = np.where(largest > 0, to_bf16_grid(largest * np.float32(sign * start)), SMALLEST)
+                yield scales
+                rounded = _rounded(blocks, scales, precision)
+                square = np.square(rounded).sum(axis=2)
+                fitted = to_bf16_grid((blocks * rounded).sum(axis=2) / np.maximum(square, 1))
+                yield np.where(np.abs(fitted) > SMALLEST, fitted, SMALLEST)
+
+    return _least_error(blocks, tried(), precision)
+
+
+def _least_error(blocks: Float, candidates: Iterable[Float], precision: Precision) -> Float:
+    """Of the candidates, float32 [rows, blocks] each, the one of least squared error per block; the first of equals."""
+    best = np.zeros(blocks.shape[:2], np.float32)
+    least = np.full(best.shape, np.inf, np.float32)
+    for scales in candidates:
+        error = np.square(_rounded(blocks, scales, precision) * scales[:, :, None] - blocks).sum(axis=2)
         better = error < least
         best, least = np.where(better, scales, best), np.where(better, error, least)
     return np.asarray(best, np.float32)
 
 
-def _levels(blocks: Float, scales: Float, bits: int) -> Float:
-    """Stored levels, 0 to 2 ** bits - 1, of `blocks` [rows, blocks, 32], as float32."""
-    zero = _zero_point(bits)
-    return np.asarray(np.clip(np.rint(blocks / scales[:, :, None]), -zero, zero - 1) + zero, np.float32)
+def _rounded(blocks: Float, scales: Float, precision: Precision) -> Float:
+    """Levels of `blocks` [rows, blocks, 32] about zero, as float32."""
+    quotient = blocks / scales[:, :, None]
+    if precision is Precision.BINARY:
+        return np.where(quotient < 0, np.float32(-1), np.float32(1))
+    zero = _zero_point(precision.bits)
+    lowest = -1 if precision is Precision.TERNARY else -zero
+    return np.asarray(np.clip(np.rint(quotient), lowest, zero - 1), np.float32)
 
 
 @dataclass(frozen=True, slots=True)

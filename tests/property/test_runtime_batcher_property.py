@@ -34,7 +34,7 @@ def alone(precision: Precision, length: int, seed: int) -> Float:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.sampled_from(list(Precision)),
+    st.sampled_from(list(TOLERANCE)),
     st.sampled_from([1, 64, 256, 1024]),
     st.lists(st.lists(st.tuples(st.integers(1, 150), st.integers(0, 2)), min_size=1, max_size=5), max_size=8),
     st.sets(st.integers(0, 7)),

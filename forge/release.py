@@ -23,8 +23,8 @@ from wire.release import ArtifactRef, DeltaRef, Release, Variant
 from wire.signing import Role
 
 RELEASE_FILE = "release.json"
-VARIANTS = {Dtype.U2: "int2-block32", Dtype.U4: "int4-block32", Dtype.U8: "int8-block32", Dtype.I8: "int8"}
-"""Names of variants by the dtype of their matrices, fewest bits first."""
+VARIANTS = {Dtype.U2: "int2-block32", Dtype.U4: "int4-block32", Dtype.I8: "int8", Dtype.U8: "int8-block32"}
+"""Names of variants by the dtype of their matrices; the first that a version has, since tables may have another."""
 RAM_FACTOR = 2.5
 """Weights mapped, weights repacked by onnxruntime (up to 2.2 times), and a KV cache: what a node should have free."""
 

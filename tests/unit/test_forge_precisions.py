@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from codec.encoder import encode_pack
 from codec.versions import read_version
 from forge.build import build_version, read_scales
+from forge.evaluate import evaluate_version
 from forge.quantise import BLOCK, Precision, quantise_blocks
 from forge.reference import shipped_judge, twin_judge
 
 PROJECT = Path(__file__).resolve().parents[2]
 SAMPLE = PROJECT / "samples" / "tales-5m-base"
+WINDOWS = PROJECT / "samples" / "eval" / "tales-5m-base.json"
 LEVELS = {Precision.TERNARY: {-1, 0, 1}, Precision.BINARY: {-1, 1}, Precision.INT2: {-2, -1, 0, 1}}
 
 
@@ -60,6 +62,15 @@ def test_levels_of_two_bits_cost_their_entropy_on_the_wire(precision: Precision,
     planes = [plane for plane in packed.planes if plane.stream.startswith("layers.") and "packed" in plane.stream]
     assert len(planes) == 24
     assert 8 * sum(plane.coded_bytes for plane in planes) / (4 * sum(plane.raw_bytes for plane in planes)) < most
+
+
+def test_cost_against_the_checkpoint_is_nothing_in_float32_and_much_in_ternary(tmp_path: Path) -> None:
+    found = {}
+    for precision in (Precision.FLOAT32, Precision.TERNARY):
+        build_version(SAMPLE, tmp_path / precision, ("m", "1"), precision=precision)
+        found[precision] = evaluate_version(tmp_path / precision, WINDOWS, 1, checkpoint=SAMPLE)
+    assert found[Precision.FLOAT32]["kl_nats_of_checkpoint"] < 1e-5
+    assert 0.1 < found[Precision.TERNARY]["kl_nats_of_checkpoint"] < 1
 
 
 def test_table_that_head_and_embedding_share_keeps_four_bits(tmp_path: Path) -> None:

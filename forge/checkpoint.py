@@ -1,28 +1,46 @@
-"""Reading a Hugging Face checkpoint (config.json, safetensors, tokenizer) of the Llama family without torch.
+"""Reading a Hugging Face checkpoint (config.json, safetensors, tokenizer) of a decoder without torch.
 
-Nothing is written. Whatever does not fit ends in one sentence that names the tensor or the field and the remedy.
+What tells the families apart is in one table: Mistral's and Qwen's windows, Qwen2's biases, Qwen3's norms of queries
+and keys. SmolLM is a Llama. Nothing is written. Whatever does not fit ends in one sentence that names the tensor or the
+field and the remedy.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from forge.configuration import Configuration, architectures_of, read_config
+from forge.rotary import Rotary, read_rotary
+from forge.tensors import Tensors
+from wire.errors import ConfigError
 
-from wire.errors import ArtifactError, Code, ConfigError
 
-Float = NDArray[np.float32]
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What a family has beyond a Llama."""
 
-CONFIG_LIMIT_BYTES = 1 << 20
-SUPPORTED = {"LlamaForCausalLM"}
+    qkv_bias: bool | None = False
+    """Of queries, keys and values; None: as `attention_bias` says, and then the output's too."""
+    qk_norm: bool = False
+    windows: str = ""
+    """Field that switches `sliding_window` on; `sliding_window` itself where it is enough."""
+    head_size: int | None = None
+    """Where the config leaves `head_dim` out; None: hidden_size / heads."""
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family(qkv_bias=None),
+    "MistralForCausalLM": Family(windows="sliding_window"),
+    "Qwen2ForCausalLM": Family(qkv_bias=True, windows="use_sliding_window"),
+    "Qwen3ForCausalLM": Family(qkv_bias=None, qk_norm=True, windows="use_sliding_window", head_size=128),
+}
+HEAD_MULTIPLE = 8
+"""onnxruntime's GroupQueryAttention asks for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """The numbers of a Llama decoder; see the Hugging Face `LlamaConfig` for the source of the names."""
+    """The numbers of a decoder; see the Hugging Face `LlamaConfig` for the source of the names."""
 
     hidden_size: int
     layers: int
@@ -33,51 +51,16 @@ class Architecture:
     vocab_size: int
     context_tokens: int
     rms_epsilon: float
-    rope_theta: float
+    rotary: Rotary
     tied_head: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-
-
-class Tensors:
-    """The open weights of a checkpoint; tensors are read one at a time, as float32."""
-
-    def __init__(self, directory: Path) -> None:
-        """Raises ConfigError when they cannot be read."""
-        self.weights = directory / "model.safetensors"
-        try:
-            self._file: Any = safe_open(self.weights, framework="np")
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{self.weights} cannot be read ({error}); download the checkpoint again") from error
-        self.names: frozenset[str] = frozenset(self._file.keys())  # type: ignore[no-untyped-call]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of tensor `name`, which must be one of `names`."""
-        return tuple(self._file.get_slice(name).get_shape())
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Float:
-        """Tensor `name` as float32 of `shape`.
-
-        Raises ArtifactError(unsupported) when it is missing, of another shape, or not finite.
-        """
-        if name not in self.names:
-            raise ArtifactError(Code.UNSUPPORTED, f"{self.weights.name} lacks tensor {name}; export the model anew")
-        try:
-            stored = self._file.get_tensor(name)
-        except (SafetensorError, TypeError) as error:
-            raise ArtifactError(
-                Code.UNSUPPORTED, f"tensor {name} cannot be read ({error}); convert it to float16 or float32"
-            ) from error
-        if stored.shape != shape:
-            raise ArtifactError(
-                Code.UNSUPPORTED, f"tensor {name} has shape {stored.shape}, config.json implies {shape}; fix the config"
-            )
-        values = np.ascontiguousarray(stored, np.float32)
-        if not np.isfinite(values).all():
-            raise ArtifactError(
-                Code.UNSUPPORTED, f"tensor {name} holds NaN or infinity; train or convert the model again"
-            )
-        return values
+    windows: tuple[int, ...]
+    """Per layer, how many positions back it looks, its own included; 0 is all of them."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    """Whether queries and keys pass an RMS norm per head before they are turned."""
 
 
 class Checkpoint(Tensors):
@@ -89,58 +72,73 @@ class Checkpoint(Tensors):
         super().__init__(directory)
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file of a checkpoint holds, bounded. Raises ConfigError."""
-    try:
-        with path.open("rb") as source:
-            return json.loads(source.read(CONFIG_LIMIT_BYTES))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); point at a folder with {path.name}") from error
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises ConfigError."""
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds no JSON object; take it from the same export")
-    return config
-
-
 def read_architecture(path: Path) -> Architecture:
     """Parse config.json. Raises ConfigError naming the field."""
-    config = read_config(path)
-    names = config.get("architectures") or []
-    if not set(names) & SUPPORTED:
-        raise ConfigError(f"architecture {', '.join(names) or 'none'} is not supported; use one of {sorted(SUPPORTED)}")
-    if config.get("attention_bias") or config.get("mlp_bias"):
-        raise ConfigError(f"{path} asks for biases, which this importer does not read; use a checkpoint without")
-    rope = config.get("rope_parameters") or {}
-    kind = rope.get("rope_type", "default") if rope else (config.get("rope_scaling") or {}).get("rope_type", "default")
-    if kind != "default":
-        raise ConfigError(f"rotary scaling {kind!r} is not supported; use a checkpoint with default rotary positions")
-    try:
-        return _architecture(config, float(rope.get("rope_theta", config.get("rope_theta", 10000.0))))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: field {error} is missing or wrong; take config.json from the same export"
-        ) from error
+    fields = read_config(path)
+    names = architectures_of(fields)
+    family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
+    if family is None:
+        raise ConfigError(f"architecture {', '.join(names) or 'none'} is not supported; use one of {sorted(FAMILIES)}")
+    config = Configuration(path, fields)
+    if config.flag("mlp_bias"):
+        raise ConfigError(f"{path}: mlp_bias asks for biases, which this importer does not read; use a model without")
+    if (activation := fields.get("hidden_act", "silu")) != "silu":
+        raise ConfigError(f"{path}: hidden_act {activation!r} is not supported; use a model with silu")
+    return _architecture(config, family)
 
 
-def _architecture(config: dict[str, Any], rope_theta: float) -> Architecture:
-    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-    eos = config.get("eos_token_id")
+def _architecture(config: Configuration, family: Family) -> Architecture:
+    layers, vocab_size = config.count("num_hidden_layers", most=512), config.count("vocab_size")
+    context = config.count("max_position_embeddings")
+    bos = config.tokens("bos_token_id", vocab_size)
+    bias = config.flag("attention_bias") and family.qkv_bias is None
     return Architecture(
-        hidden_size=hidden,
-        layers=int(config["num_hidden_layers"]),
-        heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_size=int(config.get("head_dim") or hidden // heads),
-        mlp_size=int(config["intermediate_size"]),
-        vocab_size=int(config["vocab_size"]),
-        context_tokens=int(config["max_position_embeddings"]),
-        rms_epsilon=float(config["rms_norm_eps"]),
-        rope_theta=rope_theta,
-        tied_head=bool(config.get("tie_word_embeddings", False)),
-        bos_token_id=config.get("bos_token_id"),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),)),
+        hidden_size=config.count("hidden_size", most=1 << 20),
+        layers=layers,
+        **_heads(config, family),
+        mlp_size=config.count("intermediate_size", most=1 << 24),
+        vocab_size=vocab_size,
+        context_tokens=context,
+        rms_epsilon=config.number("rms_norm_eps"),
+        rotary=read_rotary(config),
+        tied_head=config.flag("tie_word_embeddings"),
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=config.tokens("eos_token_id", vocab_size),
+        windows=tuple(window if window < context else 0 for window in _windows(config, family, layers)),
+        qkv_bias=bias or bool(family.qkv_bias),
+        output_bias=bias,
+        qk_norm=family.qk_norm,
     )
+
+
+def _heads(config: Configuration, family: Family) -> dict[str, int]:
+    """heads, kv_heads and head_size, which must fit each other."""
+    hidden, heads = config.count("hidden_size", most=1 << 20), config.count("num_attention_heads", most=1024)
+    kv_heads = config.count("num_key_value_heads", default=heads, most=1024)
+    if heads % kv_heads:
+        raise config.refusal("num_key_value_heads", f"no divisor of num_attention_heads {heads}")
+    if config.fields.get("head_dim") is None and family.head_size is None and hidden % heads:
+        raise config.refusal("num_attention_heads", f"no divisor of hidden_size {hidden}")
+    head_size = config.count("head_dim", default=family.head_size or max(hidden // heads, 1), most=1024)
+    if head_size % HEAD_MULTIPLE:
+        raise config.refusal("head_dim", f"not taken: heads of {head_size} are no multiple of {HEAD_MULTIPLE}")
+    return {"heads": heads, "kv_heads": kv_heads, "head_size": head_size}
+
+
+def _windows(config: Configuration, family: Family, layers: int) -> list[int]:
+    """Of each layer; 0 where it sees everything."""
+    if not family.windows or not config.fields.get(family.windows) or config.fields.get("sliding_window") is None:
+        return [0] * layers
+    window = config.count("sliding_window")
+    if family.windows == "sliding_window":
+        return [window] * layers
+    kinds: Any = config.fields.get("layer_types")
+    if kinds is None:
+        first = config.fields.get("max_window_layers", 0)
+        if type(first) is not int:
+            raise config.refusal("max_window_layers", "no whole number")
+        return [window if i >= first else 0 for i in range(layers)]
+    known = {"full_attention": 0, "sliding_attention": window}
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in known for kind in kinds):
+        raise config.refusal("layer_types", f"no list of {layers} out of {sorted(known)}")
+    return [known[kind] for kind in kinds]

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from forge.checkpoint import Architecture, Checkpoint, Float, read_config
+from forge.checkpoint import Architecture, Checkpoint
+from forge.configuration import read_config
+from forge.quantise import Float
 from wire.errors import ArtifactError, Code, ConfigError
 
 COMPANIONS = (

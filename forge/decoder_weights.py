@@ -9,7 +9,7 @@ from forge.graph import Layer, Weights
 from forge.placer import Placer
 from forge.progress import Progress, silent
 from forge.quantise import Float, Precision
-from forge.weights import WeightsWriter
+from forge.weights import Placed, WeightsWriter
 
 
 def place_weights(
@@ -43,10 +43,20 @@ def _place_layer(checkpoint: Checkpoint, placer: Placer, i: int) -> Layer:
     def norm(part: str) -> Float:
         return checkpoint.tensor(f"{stem}.{part}.weight", (a.hidden_size,))
 
-    qkv = np.concatenate(
-        [read("self_attn.q_proj", q, a.hidden_size), read("self_attn.k_proj", kv, a.hidden_size),
-         read("self_attn.v_proj", kv, a.hidden_size)]
-    )  # fmt: skip
+    def vector(part: str, size: int) -> Float:
+        return checkpoint.tensor(f"{stem}.self_attn.{part}", (size,))
+
+    sizes = {"q": q, "k": kv, "v": kv}
+    qkv = np.concatenate([read(f"self_attn.{part}_proj", rows, a.hidden_size) for part, rows in sizes.items()])
+    extra: dict[str, Placed] = {}
+    if a.qkv_bias:
+        bias = np.concatenate([vector(f"{part}_proj.bias", rows) for part, rows in sizes.items()])
+        extra["qkv_bias"] = placer.vector(f"{name}.qkv.bias", bias)
+    if a.output_bias:
+        extra["output_bias"] = placer.vector(f"{name}.output.bias", vector("o_proj.bias", a.hidden_size))
+    if a.qk_norm:
+        extra["query_norm"] = placer.vector(f"{name}.query_norm", vector("q_norm.weight", a.head_size))
+        extra["key_norm"] = placer.vector(f"{name}.key_norm", vector("k_norm.weight", a.head_size))
     gate_up = np.concatenate(
         [read("mlp.gate_proj", a.mlp_size, a.hidden_size), read("mlp.up_proj", a.mlp_size, a.hidden_size)]
     )
@@ -57,4 +67,5 @@ def _place_layer(checkpoint: Checkpoint, placer: Placer, i: int) -> Layer:
         post_norm=placer.vector(f"{name}.post_norm", norm("post_attention_layernorm")),
         gate_up=placer.matrix(f"{name}.gate_up", gate_up),
         down=placer.matrix(f"{name}.down", read("mlp.down_proj", a.hidden_size, a.mlp_size)),
+        **extra,
     )

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge.checkpoint import Tensors, read_config, read_json
+from forge.configuration import read_config, read_json
+from forge.tensors import Tensors
 from wire.errors import ConfigError
 from wire.manifest import Pooling
 

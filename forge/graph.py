@@ -1,4 +1,4 @@
-"""The ONNX graph of a Llama decoder after the graph contract (docs/design.md section 6), with int4 or float matrices.
+"""The ONNX graph of a decoder of the Llama kind after the graph contract (docs/design.md section 6).
 
 Ops beyond the ONNX standard are onnxruntime's (domain com.microsoft, docs/ContribOperators.md there): MatMulNBits,
 GroupQueryAttention with rotary inside, GatherBlockQuantized, SkipSimplifiedLayerNormalization, QuickGelu. The rotary
@@ -112,11 +112,16 @@ class _DecoderBuilder(GraphBuilder):
 
     architecture: Architecture = field(kw_only=True)
 
+    def biased(self, source: str, bias: Placed | None) -> str:
+        """source + bias, where there is one."""
+        if bias is None:
+            return source
+        return self.node("Add", [source, self.vector(f"{source}.bias", bias)], [f"{source}.biased"])
+
     def rotary_tables(self) -> tuple[str, str]:
-        """cos and sin of position times inverse frequency, [context, head_size / 2] (RoPE, arXiv 2104.09864)."""
+        """cos and sin of position times inverse frequency, [context, head_size / 2] (forge/rotary.py)."""
         a = self.architecture
-        exponent = np.arange(0, a.head_size, 2, dtype=np.float64) / a.head_size
-        self.constant("rotary.inverse_frequency", (a.rope_theta**-exponent)[None, :], np.float32)
+        self.constant("rotary.inverse_frequency", a.rotary.inverse_frequencies(a.head_size)[None, :], np.float32)
         for name, value in (("start", 0), ("limit", a.context_tokens), ("step", 1)):
             self.constant(f"rotary.{name}", value, np.float32)
         self.node("Range", ["rotary.start", "rotary.limit", "rotary.step"], ["rotary.range"])
@@ -139,6 +144,10 @@ class Layer:
     post_norm: Placed
     gate_up: Matrix
     down: Matrix
+    qkv_bias: Placed | None = None
+    output_bias: Placed | None = None
+    query_norm: Placed | None = None
+    key_norm: Placed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +199,10 @@ def _attention(  # noqa: PLR0913  # each is another input of the node
     b: _DecoderBuilder, i: int, source: str, layer: Layer, tables: tuple[str, str], cache: CacheScales | None
 ) -> str:
     a, name = b.architecture, f"model.layers.{i}.attention"
-    qkv = b.matmul(f"{name}.qkv", source, layer.qkv)
+    qkv = b.biased(b.matmul(f"{name}.qkv", source, layer.qkv), layer.qkv_bias)
     inputs = [
-        qkv, "", "", f"past_key_values.{i}.key", f"past_key_values.{i}.value", "seqlens_k", "total_sequence_length",
-        *tables,
+        *_normed_heads(b, name, qkv, layer), f"past_key_values.{i}.key", f"past_key_values.{i}.value", "seqlens_k",
+        "total_sequence_length", *tables,
     ]  # fmt: skip
     outputs = [name, f"present.{i}.key", f"present.{i}.value"]
     if cache is not None:
@@ -202,8 +211,29 @@ def _attention(  # noqa: PLR0913  # each is another input of the node
     b.node(
         "GroupQueryAttention", inputs, outputs, CONTRIB, num_heads=a.heads, kv_num_heads=a.kv_heads, do_rotary=1,
         rotary_interleaved=0, scale=a.head_size**-0.5, **(CACHE_ATTRIBUTES if cache is not None else {}),
+        **({"local_window_size": a.windows[i]} if a.windows[i] else {}),
     )  # fmt: skip
-    return b.matmul(f"{name}.output", name, layer.output)
+    return b.biased(b.matmul(f"{name}.output", name, layer.output), layer.output_bias)
+
+
+def _normed_heads(b: _DecoderBuilder, name: str, qkv: str, layer: Layer) -> tuple[str, str, str]:
+    """The first three inputs of the attention: q, k and v in one; or apart, q and k after an RMS norm per head (Qwen3).
+    GroupQueryAttention's own inputs for these norms are not read by the CPU's kernel."""
+    if layer.query_norm is None or layer.key_norm is None:
+        return qkv, "", ""
+    a = b.architecture
+    sizes = b.constant(f"{name}.sizes", [heads * a.head_size for heads in (a.heads, a.kv_heads, a.kv_heads)], np.int64)
+    by_head = b.constant(f"{name}.by_head", [0, 0, -1, a.head_size], np.int64)
+    joined = b.constant(f"{name}.joined", [0, 0, -1], np.int64)
+    b.node("Split", [qkv, sizes], [f"{name}.{part}" for part in ("query", "key", "value")], axis=-1)
+    for part, norm in (("query", layer.query_norm), ("key", layer.key_norm)):
+        b.node("Reshape", [f"{name}.{part}", by_head], [f"{name}.{part}.heads"])
+        b.node(
+            "SimplifiedLayerNormalization", [f"{name}.{part}.heads", b.vector(f"{name}.{part}_norm.weight", norm)],
+            [f"{name}.{part}.normed"], axis=-1, epsilon=a.rms_epsilon,
+        )  # fmt: skip
+        b.node("Reshape", [f"{name}.{part}.normed", joined], [f"{name}.{part}.joined"])
+    return f"{name}.query.joined", f"{name}.key.joined", f"{name}.value"
 
 
 def _mlp(b: _DecoderBuilder, name: str, source: str, layer: Layer) -> str:

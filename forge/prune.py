@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forge.checkpoint import Float
 from forge.checkpoint_folder import read_folder, refuse_existing, write_folder
 from forge.progress import Progress, silent
+from forge.quantise import Float
 from wire.errors import ConfigError
 
 Mask = NDArray[np.bool_]

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forge.checkpoint import Architecture, Float
+from forge.checkpoint import Architecture
 from forge.checkpoint_folder import Folder, read_folder, refuse_existing, write_folder
 from forge.input_sizes import InputSizes, measure_inputs
 from forge.progress import Progress, silent
-from forge.quantise import BLOCK
+from forge.quantise import BLOCK, Float
 from wire.errors import ConfigError
 
 Indices = NDArray[np.intp]
@@ -66,6 +66,10 @@ def shrunken(a: Architecture, choice: Shrinking) -> Architecture:
     """The shape that is left. Raises ConfigError naming a share that removes nothing."""
     groups = max(1, round(a.kv_heads * (1 - choice.heads)))
     columns = max(BLOCK, round(a.mlp_size * (1 - choice.mlp)) // BLOCK * BLOCK) if choice.mlp else a.mlp_size
+    if choice.heads and a.qkv_bias:
+        raise ConfigError(
+            "heads with biases are not cut; leave --heads out, or choose a model without attention biases"
+        )
     if choice.heads and groups == a.kv_heads:
         raise ConfigError(f"{choice.heads} of {a.kv_heads} groups of heads is none; ask for {1 / a.kv_heads:.2f}")
     if choice.mlp and columns >= a.mlp_size:

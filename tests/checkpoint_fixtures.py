@@ -41,3 +41,12 @@ def tiny_llama(folder: Path, seed: int = 0) -> Path:
             tensors[f"model.layers.{i}.{name}.weight"] = ones
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+def write_small_tokenizer(checkpoint: Path) -> None:
+    """The sample's tokenizer with as many words as the tiny vocabulary has."""
+    size = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+    tokenizer = json.loads(TOKENIZER.read_text())
+    words = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)[:size]
+    tokenizer["model"] |= {"vocab": {word: i for i, word in enumerate(words)}, "merges": []}
+    (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer))

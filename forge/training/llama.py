@@ -99,8 +99,8 @@ def _attention(
 
 def _rotary(a: Architecture, length: int) -> tuple[Tensor, Tensor]:
     """cos and sin [S, head_size], both halves alike."""
-    exponent = torch.arange(0, a.head_size, 2, dtype=torch.float64) / a.head_size
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), a.rope_theta**-exponent).repeat(1, 2)
+    frequencies = torch.from_numpy(a.rotary.inverse_frequencies(a.head_size))
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies).repeat(1, 2)
     return angles.cos().float(), angles.sin().float()
 
 

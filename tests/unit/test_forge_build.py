@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from checkpoint_fixtures import write_small_tokenizer
 from runtime_fixtures import shuffle_tensor
 
 from codec.versions import read_version
@@ -185,7 +186,15 @@ def test_truncated_safetensors_are_refused(tiny: Path, tmp_path: Path) -> None:
     ("field", "value", "said"),
     [
         ("architectures", ["MambaForCausalLM"], "MambaForCausalLM"),
-        ("attention_bias", True, "biases"),
+        ("attention_bias", True, "q_proj.bias"),
+        ("mlp_bias", True, "mlp_bias"),
+        ("hidden_act", "gelu", "hidden_act"),
+        ("num_hidden_layers", 0, "num_hidden_layers"),
+        ("num_key_value_heads", 3, "num_key_value_heads"),
+        ("head_dim", 20, "head_dim"),
+        ("vocab_size", -1, "vocab_size"),
+        ("rms_norm_eps", None, "rms_norm_eps"),
+        ("eos_token_id", 160, "eos_token_id"),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "yarn"),
         ("hidden_size", "many", "wrong"),
     ],
@@ -202,11 +211,7 @@ def test_untied_checkpoint_with_one_kv_head_is_built(tiny: Path, tmp_path: Path)
     vocabulary = 160
     config = json.loads((tiny / "config.json").read_text())
     assert config["vocab_size"] == vocabulary
-    tokenizer = json.loads((tiny / "tokenizer.json").read_text())
-    words = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)[:vocabulary]
-    tokenizer["model"]["vocab"] = {word: i for i, word in enumerate(words)}
-    tokenizer["model"]["merges"] = []
-    (tiny / "tokenizer.json").write_text(json.dumps(tokenizer))
+    write_small_tokenizer(tiny)
     assert Tokenizer.from_file(str(tiny / "tokenizer.json")).get_vocab_size() <= vocabulary
     document: VersionDocument = build_version(tiny, tmp_path / "out", ("tiny", "1"))
     assert "lm_head.packed" in document.tensors.name

@@ -1,8 +1,8 @@
 """Which way to run a version is the fastest here that is right: one change after the other, each against the best.
 
 Runs in the probe child. Invariants: nothing is kept whose golden vectors are not right by the float32 reference; two
-ways are measured in turns, so that what else the node does meets both alike; another way must win clearly. Every way
-that was looked at leaves a row.
+ways are measured in turns, so that what else the node does meets both alike; another way must win clearly, and none
+wins by rounding the model's numbers away. Every way that was looked at leaves a row.
 """
 
 import math
@@ -24,6 +24,9 @@ ROUNDS_LEAST, ROUNDS_MOST = 3, 21
 MEASURE_BUDGET_S = 2.0
 BETTER_BY = 1.05
 """Other options must win clearly, because measurements on a serving node are noisy."""
+ROUNDING_LIMIT, ROUNDING_FACTOR = 0.02, 2.0
+"""A golden error over this, and over so many times that of the other way, decides against a way whatever its speed:
+the tolerance alone would let pass what KleidiAI's kernels round off models with loud channels (docs/adr/0013)."""
 COST_FACTOR = 2.0
 """Seconds to load and judge another way per second of the first load."""
 DETAIL_LIMIT = 300
@@ -67,7 +70,8 @@ class Tuner:
             self._rows.append(Trial(name=way.name, options=options, outcome=TrialOutcome.SKIPPED))
             return False
         return self._try(
-            way.name, options, partial(self.best.again, options), lambda other: self._race(other, way.figure, better_by)
+            way.name, options, partial(self.best.again, options),
+            lambda other, judged: self._weigh(other, judged, way.figure, better_by),
         )  # fmt: skip
 
     def attempt_fewer_threads(self) -> None:
@@ -84,7 +88,7 @@ class Tuner:
             return self.best.again(options.model_copy(update={"provider": named}))
 
         name = f"provider {provider}" if provider else f"library {library}"
-        return self._try(name, options, load, lambda other: self._race(other, Figure.BOTH, BETTER_BY))
+        return self._try(name, options, load, lambda other, judged: self._weigh(other, judged, Figure.BOTH, BETTER_BY))
 
     def attempt_packed(self, directory: Path, check: Callable[[], str]) -> bool:
         """The best way over packed weights in `directory`, unless `check` says what is wrong with them after a run.
@@ -93,14 +97,15 @@ class Tuner:
         """
         options = self.best.options
 
-        def fault(other: Subject) -> str:
+        def fault(other: Subject, _: Judgement) -> str:
             return check() or self._race(other, Figure.BOTH, 0.0)
 
         return self._try("weights from the cache", options, partial(self.best.again, options, directory), fault)
 
     def _try(
-        self, name: str, options: ExecutionOptions, load: Callable[[], Subject], beaten: Callable[[Subject], str]
-    ) -> bool:
+        self, name: str, options: ExecutionOptions, load: Callable[[], Subject],
+        beaten: Callable[[Subject, Judgement], str],
+    ) -> bool:  # fmt: skip
         """Load and judge another; it is the best when it is right and `beaten` has nothing to say."""
         try:
             other, judged = self._look(name, load)
@@ -109,7 +114,7 @@ class Tuner:
             self._rows.append(failed)
             return False
         row = len(self._rows) - 1
-        why = judged.fault or beaten(other)
+        why = judged.fault or beaten(other, judged)
         if why:
             self._mark(row, TrialOutcome.WRONG if judged.fault else TrialOutcome.BEATEN, why)
             other.close()
@@ -136,6 +141,14 @@ class Tuner:
             )
         )  # fmt: skip
         return subject, judged
+
+    def _weigh(self, other: Subject, judged: Judgement, figure: Figure, better_by: float) -> str:
+        """Why `other` is beaten, or nothing: by what it rounds when that differs much, else by its speed."""
+        slower = self._race(other, figure, better_by)
+        mine, others = self.judged.worst_error or 0.0, judged.worst_error or 0.0
+        if others > max(ROUNDING_LIMIT, ROUNDING_FACTOR * mine):
+            return f"its golden error is {others:.3f}, that of the best {mine:.3f}"
+        return "" if mine > max(ROUNDING_LIMIT, ROUNDING_FACTOR * others) else slower
 
     def _race(self, other: Subject, figure: Figure, better_by: float) -> str:
         """Measure the best and `other`, whose row is the last, in turns; says why it is beaten, or nothing."""
@@ -170,6 +183,6 @@ def _median(values: list[float]) -> float:
     return statistics.median(values) if values else math.nan
 
 
-def _suits(other: Subject) -> str:
-    del other
+def _suits(other: Subject, judged: Judgement) -> str:
+    del other, judged
     return ""

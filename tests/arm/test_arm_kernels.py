@@ -3,7 +3,9 @@
 Runs on an Arm machine, and by scripts/test-arm on an emulated one.
 """
 
+import math
 import os
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from runtime_fixtures import base_version, spoiled_version
 
+from benchmarks.kernels import make_channels_loud
 from codec.decoder import decode_pack
 from codec.encoder import encode_pack
 from codec.versions import read_version
@@ -18,6 +21,9 @@ from forge.artifact import Artifact, artifacts_in
 from runtime.cpu import detect_cpu
 from runtime.golden import Judgement, judge_model, read_golden, run_prompt
 from runtime.model import Float, Model, Shape
+from runtime.subject import load_subject
+from runtime.tuner import Tuner
+from runtime.ways import WITHOUT_KLEIDIAI
 from wire.manifest import VersionDocument
 from wire.serving import ExecutionOptions
 
@@ -68,6 +74,19 @@ def test_golden_vectors_hold_with_room(session_config: dict[str, str]) -> None:
     assert judgement.worst_error is not None
     assert judgement.worst_error < judgement.tolerance / 4
     assert judgement.top1_agreement == 1.0
+
+
+def test_tuner_turns_kleidiai_off_where_channels_are_loud(tmp_path: Path) -> None:
+    loud = tmp_path / "loud"
+    shutil.copytree(base_version().directory, loud)
+    make_channels_loud(loud)
+    document, options = base_version().document, ExecutionOptions(threads=1)
+    tuner = Tuner(lambda: load_subject(loud, document, options), math.inf)
+    assert tuner.attempt(WITHOUT_KLEIDIAI)
+    rounded, plain = (trial.golden_error for trial in tuner.trials)
+    assert rounded is not None
+    assert plain is not None
+    assert rounded > 5 * plain
 
 
 @pytest.mark.parametrize("session_config", [{}, PLAIN], ids=["kleidiai", "plain"])

@@ -47,6 +47,7 @@ class Bench:
     decode: Callable[[ExecutionOptions], float] = lambda options: 10.0
     read: Callable[[ExecutionOptions], float] = lambda options: 100.0
     fault: Callable[[ExecutionOptions], str] = lambda options: ""
+    error: Callable[[ExecutionOptions], float] = lambda options: 0.01
     packed: float = 1.0
     """Speed over packed weights, of that without."""
     refuses: Callable[[ExecutionOptions], bool] = lambda options: False
@@ -71,7 +72,7 @@ class Simulated:
         self.bench.most = max(self.bench.most, self.bench.loaded)
 
     def judge(self) -> Judgement:
-        return Judgement(1, 0.01, 0.1, 1.0, self.bench.fault(self.options))
+        return Judgement(1, self.bench.error(self.options), 0.1, 1.0, self.bench.fault(self.options))
 
     def tokens_per_s(self) -> float:
         return self.factor * self.bench.decode(self.options)
@@ -131,6 +132,35 @@ def test_faster_way_is_kept_and_the_slower_closed() -> None:
     assert tuner.trials[1].ratio == pytest.approx(1.3)
     assert (tuner.trials[1].tokens_per_s, tuner.trials[0].tokens_per_s) == (13.0, 10.0)
     assert (bench.loaded, bench.most) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("kleidiai", "plain", "kept"),
+    [(0.085, 0.006, True), (0.010, 0.004, False), (0.05, 0.03, False)],
+    ids=["rounds too much", "rounds little", "both round much"],
+)
+def test_way_that_rounds_far_less_is_kept_though_it_is_slow(kleidiai: float, plain: float, kept: bool) -> None:
+    def is_plain(options: ExecutionOptions) -> bool:
+        return WITHOUT_KLEIDIAI.config.items() <= options.session_config.items()
+
+    bench = Bench(
+        decode=lambda options: 2.0 if is_plain(options) else 10.0,
+        error=lambda options: plain if is_plain(options) else kleidiai,
+    )
+    tuner = tuner_on(bench)
+    assert tuner.attempt(WITHOUT_KLEIDIAI) == kept
+    assert tuner.trials[1].ratio is not None  # and what it costs is told
+    assert bench.loaded == 1
+
+
+def test_way_that_rounds_far_more_is_not_kept_though_it_is_fast() -> None:
+    bench = Bench(
+        decode=lambda options: 20.0 if BFLOAT16.config.items() <= options.session_config.items() else 10.0,
+        error=lambda options: 0.05 if BFLOAT16.config.items() <= options.session_config.items() else 0.01,
+    )
+    tuner = tuner_on(bench)
+    assert not tuner.attempt(BFLOAT16)
+    assert "golden error is 0.050" in tuner.trials[1].detail
 
 
 @pytest.mark.parametrize("speed", [9.0, 10.0, 10.4])

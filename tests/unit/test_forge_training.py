@@ -144,7 +144,7 @@ def test_run_that_was_killed_goes_on_and_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize("method", ["int4", "ternary"])
-def test_training_on_the_grid_comes_closer_to_the_float_model_than_plain_rounding(
+def test_training_on_the_grid_lowers_its_distance_to_the_float_model(
     source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
     arguments = ("--method", method, "--text", text, *DISTIL, "--steps", 60, "--learning-rate", 0.002)

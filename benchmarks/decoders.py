@@ -41,10 +41,14 @@ class Subject(Protocol):
 
 
 class Child(OrderedChild):
-    """One decoder in a process of its own. Raises PeerAbsent when it does not come up."""
+    """One decoder in a process of its own; ours runs as `options` say, else as its probe does.
 
-    def __init__(self, kind: str, model: str, threads: int) -> None:
-        super().__init__("benchmarks.decoders", [kind, model, str(threads)], threads)
+    Raises PeerAbsent when it does not come up.
+    """
+
+    def __init__(self, kind: str, model: str, threads: int, options: ExecutionOptions | None = None) -> None:
+        chosen = [options.model_dump_json()] if options is not None else []
+        super().__init__("benchmarks.decoders", [kind, model, str(threads), *chosen], threads)
 
     def seconds(self, **order: int) -> float:
         """The seconds of one order."""
@@ -62,17 +66,17 @@ def probed_options(decoder: Decoder, threads: int) -> ExecutionOptions:
 
 
 class Ours:
-    """The runtime's model with the options that its probe chooses, without HTTP."""
+    """The runtime's model, without HTTP, with `options` in JSON or those that its probe chooses."""
 
-    def __init__(self, decoder: Decoder, threads: int) -> None:
+    def __init__(self, decoder: Decoder, threads: int, options: str = "") -> None:
         from runtime.model import Model
         from runtime.slab import Shape
 
-        options = probed_options(decoder, threads)
+        chosen = ExecutionOptions.model_validate_json(options) if options else probed_options(decoder, threads)
         shape = Shape(1, min(CONTEXT_TOKENS, decoder.config.context_tokens))
-        self._model = Model(decoder.directory, decoder.config, shape, options)
+        self._model = Model(decoder.directory, decoder.config, shape, chosen)
         self._last = self._length = 0
-        self.tell = options.model_dump_json()
+        self.tell = chosen.model_dump_json()
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """As the engine does it."""
@@ -165,14 +169,14 @@ class Genai:
             self._generator.generate_next_token()
 
 
-KINDS: dict[str, Callable[[Decoder, int], Any]] = {"ours": Ours, "llama": Llama, "genai": Genai}
+KINDS: dict[str, Callable[..., Any]] = {"ours": Ours, "llama": Llama, "genai": Genai}
 
 
-def serve(kind: str, model: str, threads: int) -> None:
+def serve(kind: str, model: str, threads: int, *options: str) -> None:
     """The child's side."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    subject = KINDS[kind]((MODELS | PRUNED)[model](), threads)
+    subject = KINDS[kind]((MODELS | PRUNED)[model](), threads, *options)
     print(json.dumps({"tell": subject.tell}), file=replies, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
@@ -185,4 +189,4 @@ def serve(kind: str, model: str, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    serve(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])

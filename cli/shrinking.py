@@ -8,6 +8,7 @@ import typer
 from cli.terminal import print_figures, progress
 from forge.evaluate import read_windows
 from forge.prune import Magnitude, Pattern, Rule, Scope, Threshold, prune_checkpoint
+from forge.quantise import Precision
 from forge.shrink import Shrinking, shrink_checkpoint
 from wire.errors import ConfigError
 
@@ -18,7 +19,7 @@ Texts = Annotated[list[Path], typer.Option("--text", help="Text file in UTF-8 to
 Heldout = Annotated[Path | None, typer.Option(help="Text file whose first 32 x 512 tokens judge the result.")]
 Steps = Annotated[int, typer.Option(min=1, help="How many batches.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pieces of text per batch.")]
-Length = Annotated[int, typer.Option(min=2, help="Tokens per piece.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens per piece; beyond it the result is worse.")]
 Seed = Annotated[int, typer.Option(min=0, help="Decides which pieces, and what begins with chance.")]
 SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between states; a kill loses no more than these.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run for this place that was cut off.")]
@@ -38,7 +39,7 @@ def prune(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Set weights to zero (smaller on the wire only), or remove heads and MLP columns (smaller and faster)."""
+    """Set weights to zero (smaller on the wire only), or remove heads and MLP columns (smaller everywhere)."""
     rules = _rules(magnitude, per_layer, threshold, n_m)
     structured = bool(heads or mlp)
     if len(rules) + structured != 1:
@@ -81,8 +82,8 @@ def distil(
     temperature: Annotated[float, typer.Option(min=0.1, help="Of the distributions that are compared.")] = 2.0,
     hidden_weight: Annotated[float, typer.Option(min=0, help="Weight of the distance of hidden states.")] = 1.0,
     text_weight: Annotated[float, typer.Option(min=0, help="Weight of the text's own next tokens.")] = 0.0,
-    batch: Batch = 8,
-    length: Length = 256,
+    batch: Batch = 4,
+    length: Length = 512,
     learning_rate: Annotated[float, typer.Option(min=0, help="At its peak.")] = 1e-3,
     seed: Seed = 0,
     save_every: SaveEvery = 50,
@@ -108,9 +109,11 @@ def train_quantised(
     out: Out,
     text: Texts,
     steps: Steps,
-    method: Annotated[str, typer.Option(help="int4 or ternary.")] = "int4",
-    batch: Batch = 8,
-    length: Length = 256,
+    precision: Annotated[
+        Precision, typer.Option(help="How it will be built: `forge build --precision`.")
+    ] = Precision.INT4,
+    batch: Batch = 4,
+    length: Length = 512,
     learning_rate: Annotated[float, typer.Option(min=0, help="At its peak.")] = 5e-4,
     seed: Seed = 0,
     save_every: SaveEvery = 50,
@@ -119,14 +122,14 @@ def train_quantised(
     as_json: AsJson = False,
 ) -> None:
     """Train a checkpoint to be itself although its matrices are rounded. Needs the extra `train`."""
-    from forge.training.grid import Method
+    from forge.training.grid import TRAINED
     from forge.training.job import Job
     from forge.training.optimisation import Schedule
     from forge.training.qat import train_quantised as train
 
-    if method not in set(Method):
-        raise ConfigError(f"{method!r} is no method; choose one of {sorted(Method)}")
+    if precision not in TRAINED:
+        raise ConfigError(f"{precision} rounds nothing; choose one of {', '.join(TRAINED)}")
     schedule = Schedule(steps, batch, length, learning_rate, seed, save_every)
     with progress() as report:
-        figures = train(Job(source, out, text, schedule, heldout, resume, report), Method(method))
+        figures = train(Job(source, out, text, schedule, heldout, resume, report), precision)
     print_figures(figures, as_json, str(out))

@@ -1,4 +1,4 @@
-"""Structured pruning: whole heads and MLP columns leave a checkpoint, so that shapes shrink and every step is faster.
+"""Structured pruning: whole heads and MLP columns leave a checkpoint, so that shapes shrink.
 
 Heads leave as groups that share one key and value head, MLP columns down to a multiple of 32, and every layer loses the
 same number, because config.json has one number for all layers. What stays is what matters most: by L1 norms of the
@@ -66,10 +66,6 @@ def shrunken(a: Architecture, choice: Shrinking) -> Architecture:
     """The shape that is left. Raises ConfigError naming a share that removes nothing."""
     groups = max(1, round(a.kv_heads * (1 - choice.heads)))
     columns = max(BLOCK, round(a.mlp_size * (1 - choice.mlp)) // BLOCK * BLOCK) if choice.mlp else a.mlp_size
-    if choice.heads and a.qkv_bias:
-        raise ConfigError(
-            "heads with biases are not cut; leave --heads out, or choose a model without attention biases"
-        )
     if choice.heads and groups == a.kv_heads:
         raise ConfigError(f"{choice.heads} of {a.kv_heads} groups of heads is none; ask for {1 / a.kv_heads:.2f}")
     if choice.mlp and columns >= a.mlp_size:

@@ -37,11 +37,11 @@ class Schedule:
     """How long and how fast to train; `length` is in tokens."""
 
     steps: int
-    batch: int = 8
-    length: int = 256
-    learning_rate: float = 1e-3
-    seed: int = 0
-    save_every: int = 50
+    batch: int
+    length: int
+    learning_rate: float
+    seed: int
+    save_every: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Pruning: the right weights become zero and stay it in int4; the right heads and columns leave a model that works."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from checkpoint_fixtures import HEAD, HIDDEN, KV_HEADS, LAYERS, MLP, PROJECT, tiny_llama
+from checkpoint_fixtures import HEAD, KV_HEADS, LAYERS, MLP, PROJECT, tiny_llama
 
 from cli.main import main
 from codec.inspection import measure_planes, open_pack
@@ -18,6 +19,7 @@ from codec.versions import read_version
 from forge.artifact import artifacts_in
 from forge.build import build_version
 from forge.checkpoint import Checkpoint
+from forge.checkpoint_folder import read_folder, write_folder
 from forge.golden import row_error
 from forge.prune import Magnitude, Pattern, Rule, Scope, Threshold, masks, prune_checkpoint
 from forge.quantise import quantise_blocks
@@ -27,6 +29,8 @@ from forge.shrink import Shrinking, shrink_checkpoint
 from host.keys import create_key, load_signer
 from wire.errors import ConfigError
 from wire.golden import GoldenSet
+
+PARITY = PROJECT / "tests" / "fixtures" / "parity"
 
 SAMPLE = PROJECT / "samples" / "tales-5m-base"
 PRUNED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -170,16 +174,19 @@ def test_parts_that_write_nothing_leave_and_the_logits_stay(source: Path, tmp_pa
     assert np.abs(logits[0] - logits[1]).max() < 1e-4
 
 
-def test_biases_of_removed_heads_leave_with_them(source: Path, tmp_path: Path) -> None:
-    deadened(source)
-    stored = load_file(source / "model.safetensors")
-    bias = np.arange(KV_HEADS * HEAD, dtype=np.float16)
-    stored["model.layers.0.self_attn.k_proj.bias"] = bias
-    save_file(stored, source / "model.safetensors")
-    shrink_checkpoint(source, tmp_path / "out", Shrinking(heads=0.5))
-    after = load_file(tmp_path / "out" / "model.safetensors")
-    assert np.array_equal(after["model.layers.0.self_attn.k_proj.bias"], bias[:HEAD])
-    assert after["model.layers.0.self_attn.o_proj.weight"].shape == (HIDDEN, 2 * HEAD)
+def test_heads_with_biases_leave_and_the_logits_stay(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(PARITY / "tiny-qwen2", tmp_path / "source"))
+    tensors = read_folder(source).tensors
+    for i in range(2):
+        tensors[f"model.layers.{i}.self_attn.o_proj.weight"][:, 2 * HEAD :] = 0
+    write_folder(source, tmp_path / "dead", json.loads((source / "config.json").read_text()), tensors)
+    shrink_checkpoint(tmp_path / "dead", tmp_path / "out", Shrinking(heads=0.5), [list(range(40))])
+    logits = []
+    for folder in (tmp_path / "dead", tmp_path / "out"):
+        scratch = tmp_path / f"{folder.name}-scratch"
+        scratch.mkdir()
+        logits.append(checkpoint_judge(Checkpoint(folder), scratch).logits(list(range(64))))
+    assert np.abs(logits[0] - logits[1]).max() < 1e-4
 
 
 @pytest.mark.parametrize(

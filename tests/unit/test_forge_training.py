@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx.numpy_helper import to_array
 from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -22,8 +23,8 @@ from checkpoint_fixtures import HEAD, HIDDEN, LAYERS, PROJECT, tiny_llama
 from cli.main import main
 from forge.build import build_version
 from forge.checkpoint import Checkpoint
-from forge.quantise import quantise_blocks
-from forge.reference import checkpoint_judge
+from forge.quantise import Precision, quantise_blocks
+from forge.reference import checkpoint_judge, float_twin
 from wire.errors import ConfigError
 
 pytestmark = pytest.mark.full
@@ -63,29 +64,19 @@ def test_forward_pass_is_that_of_the_forges_float_graph(tmp_path: Path) -> None:
     assert np.abs(found - expected).max() < 1e-4
 
 
-def test_grid_of_int4_is_what_the_forge_ships_and_lets_gradients_through() -> None:
-    from forge.training.grid import Method, on_grid
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.INT4, Precision.INT2, Precision.TERNARY])
+def test_grid_is_what_the_forge_ships_and_lets_gradients_through(precision: Precision) -> None:
+    from forge.training.grid import on_grid
 
     weights = np.random.default_rng(3).standard_normal((8, 64)).astype(np.float16).astype(np.float32)
-    value = torch.from_numpy(weights.copy()).requires_grad_()
-    shipped = on_grid(Method.INT4, {"model.layers.0.mlp.up_proj.weight": value})["model.layers.0.mlp.up_proj.weight"]
-    expected = quantise_blocks("w", weights).dequantise()
-    assert np.abs(shipped.detach().numpy() - expected).max() < 1e-7
-    (shipped * 3).sum().backward()
-    assert (value.grad == 3).all()
-
-
-def test_ternary_has_three_values_per_block_on_a_scale_of_the_bf16_grid() -> None:
-    from forge.training.grid import rounded_ternary
-
-    weights = np.random.default_rng(4).standard_normal((16, 96)).astype(np.float32)
-    weights[2, 32:64] = 0
-    blocks = rounded_ternary(weights).reshape(-1, 32)
-    sizes = np.abs(blocks).max(axis=1, keepdims=True)
-    assert set(np.unique(blocks[sizes[:, 0] > 0] / sizes[sizes[:, 0] > 0])) == {-1.0, 0.0, 1.0}
-    assert not (sizes.view(np.uint32) & 0xFFFF).any()
-    error = np.linalg.norm(blocks - weights.reshape(blocks.shape)) / np.linalg.norm(weights)
-    assert error < 0.45  # 0.436 is the best that three values can do for normal weights with one scale for all
+    matrices = {"model.layers.0.mlp.up_proj.weight": precision, "lm_head.weight": precision.of_tables}
+    for name, stored in matrices.items():
+        value = torch.from_numpy(weights.copy()).requires_grad_()
+        shipped = on_grid(precision, {name: value})[name]
+        expected = quantise_blocks("w", weights, precision=stored).dequantise()
+        assert np.abs(shipped.detach().numpy() - expected).max() < 1e-6
+        (shipped * 3).sum().backward()
+        assert (value.grad == 3).all()
 
 
 DISTIL = ("--steps", 12, "--batch", 2, "--length", 32, "--save-every", 4, "--json")
@@ -116,7 +107,7 @@ def test_student_of_the_teachers_width_begins_with_its_layers(source: Path) -> N
     assert [chosen_layers(LAYERS, LAYERS), chosen_layers(4, 1)] == [[0, 1], [0]]
 
 
-@pytest.mark.parametrize("command", [("distil", "--layers", 1), ("train-quantised", "--method", "ternary")])
+@pytest.mark.parametrize("command", [("distil", "--layers", 1), ("train-quantised", "--precision", "ternary")])
 def test_run_that_was_killed_goes_on_and_ends_with_the_same_bits(
     source: Path, text: Path, tmp_path: Path, command: tuple[object, ...]
 ) -> None:
@@ -143,26 +134,39 @@ def test_run_that_was_killed_goes_on_and_ends_with_the_same_bits(
         assert (place / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-@pytest.mark.parametrize("method", ["int4", "ternary"])
+@pytest.mark.parametrize("precision", [Precision.INT4, Precision.INT2, Precision.TERNARY])
 def test_training_on_the_grid_lowers_its_distance_to_the_float_model(
-    source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+    source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: Precision
 ) -> None:
-    arguments = ("--method", method, "--text", text, *DISTIL, "--steps", 60, "--learning-rate", 0.002)
+    arguments = ("--precision", precision, "--text", text, *DISTIL, "--steps", 60, "--learning-rate", 0.002)
     assert run("train-quantised", source, tmp_path / "out", *arguments) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["loss_last"] < figures["loss_first"]
 
 
-def test_int4_checkpoint_is_built_to_the_values_that_were_trained(source: Path, text: Path, tmp_path: Path) -> None:
-    from forge.training.grid import Method, on_grid
+@pytest.mark.parametrize("precision", [Precision.INT4, Precision.TERNARY])
+def test_checkpoint_is_built_to_the_values_that_were_trained(
+    source: Path, text: Path, tmp_path: Path, precision: Precision
+) -> None:
+    from forge.training.grid import on_grid
 
-    assert run("train-quantised", source, tmp_path / "out", "--text", text, *DISTIL) == 0
+    assert run("train-quantised", source, tmp_path / "out", "--precision", precision, "--text", text, *DISTIL) == 0
     saved = load_file(tmp_path / "out" / "model.safetensors")
-    stored = {name: value.astype(np.float32) for name, value in saved.items()}
-    trained = on_grid(Method.INT4, {name: torch.from_numpy(value) for name, value in stored.items()})
-    for name, value in stored.items():
-        if value.ndim == 2:
-            assert np.abs(trained[name].numpy() - quantise_blocks(name, value).dequantise()).max() < 1e-7
+    trained = on_grid(precision, {name: torch.from_numpy(value.astype(np.float32)) for name, value in saved.items()})
+    version = build_version(tmp_path / "out", tmp_path / "version", ("m", "1"), precision=precision)
+    built = twin_matrices(tmp_path / "version")
+    assert version.tensors.name
+    assert np.abs(built["down"] - trained["model.layers.0.mlp.down_proj.weight"].numpy()).max() < 1e-6
+    assert np.abs(built["embedding"] - trained["model.embed_tokens.weight"].numpy()).max() < 1e-6
+
+
+def twin_matrices(directory: Path) -> dict[str, np.ndarray]:
+    """Of the float32 twin of a version: the first layer's down matrix and the embedding, [rows, columns]."""
+    graph = float_twin(directory).graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    inputs = {node.output[0]: node.input for node in graph.node}
+    down, embedding = inputs["model.layers.0.mlp.down"][1], inputs["model.embed_tokens"][0]
+    return {"down": to_array(stored[down]).T, "embedding": to_array(stored[embedding])}
 
 
 def test_student_that_does_not_fit_is_refused_with_a_remedy(source: Path) -> None:

@@ -111,13 +111,9 @@ def test_int4_graph_stays_within_int8_noise_of_the_dequantised_model(base_versio
     assert error.max() > 0  # the int8 kernels were really used
 
 
-def run_steps(
-    session: ort.InferenceSession, ids: list[int], steps: list[int], shape: tuple[int, ...], layers: int = 6
-) -> np.ndarray:
+def run_steps(session: ort.InferenceSession, ids: list[int], steps: list[int], shape: tuple[int, ...]) -> np.ndarray:
     """Last logits of `ids` fed in portions of `steps` through past and present on one buffer."""
-    past = {
-        f"past_key_values.{i}.{part}": np.zeros(shape, np.float32) for i in range(layers) for part in ("key", "value")
-    }
+    past = {f"past_key_values.{i}.{part}": np.zeros(shape, np.float32) for i in range(6) for part in ("key", "value")}
     done, logits = 0, np.zeros(0, np.float32)
     for size in steps:
         feeds = {

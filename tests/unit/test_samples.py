@@ -17,7 +17,7 @@ def windows(name: str) -> np.ndarray:
 
 
 def test_samples_stay_below_their_limit() -> None:
-    assert sum(path.stat().st_size for path in SAMPLES.rglob("*") if path.is_file()) < 53_000_000
+    assert sum(path.stat().st_size for path in SAMPLES.rglob("*") if path.is_file()) < 43_000_000
 
 
 @pytest.mark.parametrize("name", MODELS)

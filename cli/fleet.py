@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.fleet_client import FleetClient
-from cli.terminal import console
+from cli.terminal import AsJson, console
 from wire.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -19,7 +19,6 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 SETTINGS = Path("/etc/amperage/fleet.toml")
 DEFAULT_SOCKET = Path("/run/amperage-fleet/api.sock")
 Api = Annotated[Path, typer.Option("--api", envvar="AMPERAGE_API", help="Socket of the control plane.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 POLL_S = 0.5
 
 

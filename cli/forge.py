@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 
 from cli.inspection import artifact_tables, artifacts_table, version_table
-from cli.shrinking import AsJson, distil, prune, train_quantised
-from cli.terminal import console, print_figures, progress
+from cli.shrinking import distil, prune, train_quantised
+from cli.terminal import AsJson, console, print_figures, progress
 from codec.versions import VERSION_FILE, read_version
 from forge.artifact import Artifact, artifacts_in, read_artifact
 from forge.build import build_version, parameters_of

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cli.terminal import print_figures, progress
+from cli.terminal import AsJson, print_figures, progress
 from forge.evaluate import read_windows
 from forge.prune import Magnitude, Pattern, Rule, Scope, Threshold, prune_checkpoint
 from forge.quantise import Precision
@@ -14,7 +14,6 @@ from wire.errors import ConfigError
 
 Source = Annotated[Path, typer.Argument(help="Folder with config.json, model.safetensors, tokenizer.json.")]
 Out = Annotated[Path, typer.Argument(help="New folder of the same kind, which `forge build` takes.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Texts = Annotated[list[Path], typer.Option("--text", help="Text file in UTF-8 to train on; repeatable.")]
 Heldout = Annotated[Path | None, typer.Option(help="Text file whose first 32 x 512 tokens judge the result.")]
 Steps = Annotated[int, typer.Option(min=1, help="How many batches.")]

@@ -4,14 +4,18 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 PLAIN_COLUMNS = 132
 """Width in pipes and logs, where rich would assume 80 and cut every table."""
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+"""The option of every command that prints figures or rows."""
 
 
 def console() -> Console:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from cli.compilation import compile_
 from cli.inspection import artifact_tables, artifacts_table, version_table
 from cli.shrinking import distil, prune, train_quantised
 from cli.terminal import AsJson, console, print_figures, progress
@@ -45,6 +46,7 @@ def _forge() -> None:
 app.command()(prune)
 app.command()(distil)
 app.command("train-quantised")(train_quantised)
+app.command("compile")(compile_)
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""Compiling any ONNX model ahead of time: constants folded, loops unrolled, nodes merged that onnxruntime does not."""

@@ -73,6 +73,11 @@ def sample(cache: Int8Cache | None = None) -> Decoder:
     return _built("tales-5m", SAMPLE, cache)
 
 
+def opened(directory: Path) -> Decoder:
+    """The decoder of a version directory that was built elsewhere."""
+    return Decoder(directory.name, directory, directory, read_version(directory))
+
+
 def pruned(model: Callable[[], Decoder], choice: Shrinking | Rule) -> Decoder:
     """A decoder whose checkpoint was pruned after `choice`."""
     whole = model()

@@ -1,7 +1,8 @@
 """The processes that `scripts/bench memory` looks at: each loads one model in one way when it is told to.
 
 A child reads lines of JSON and answers each with one: {"load": true} gives the seconds to the first token and what the
-load cost in memory; {"memory": true} that again, now; {"read": n} and {"decode": n} the seconds for n tokens.
+load cost in memory; {"memory": true} that again, now; {"read": n} and {"decode": n} the seconds for n tokens. All sizes
+are in bytes: `anonymous` without keys and values, `slab` these, `resident` what is in memory of the version's files.
 """
 
 import gc
@@ -15,9 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.decoder_models import HOME, Decoder, smollm
+from benchmarks.decoder_models import HOME, Decoder, opened, smollm
 from benchmarks.decoders import CONTEXT_TOKENS, Llama
-from runtime.memory import tighten_heap, trim_heap
+from runtime.cpu import detect_cpu
+from runtime.memory import mapped_bytes, tighten_heap, trim_heap
+from runtime.model import PREFILL_TOKENS, Model
+from runtime.prepack import PrepackCache, load_model
+from runtime.session import ONNXRUNTIME
+from runtime.slab import Shape
 from wire.serving import ExecutionOptions, ServingModel
 
 CACHE = HOME / "prepack"
@@ -37,10 +43,6 @@ class Ours:
     """The runtime's model as the server loads it: from the cache with every byte of it checked, or onto the heap."""
 
     def __init__(self, decoder: Decoder, options: ExecutionOptions, prepack: str | None) -> None:
-        from runtime.model import Model
-        from runtime.prepack import PrepackCache, load_model
-        from runtime.slab import Shape
-
         shape = Shape(1, min(CONTEXT_TOKENS, decoder.config.context_tokens))
         build = partial(Model, decoder.directory, decoder.config, shape, options)
         self.model, stale = load_model(PrepackCache(CACHE), entry_of(decoder, options, prepack), "", build)
@@ -50,8 +52,6 @@ class Ours:
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """As the engine does it."""
-        from runtime.model import PREFILL_TOKENS
-
         for start in range(0, len(tokens), PREFILL_TOKENS):
             logits = self.model.prefill(0, list(tokens[start : start + PREFILL_TOKENS]), start)
         self._last, self._length = int(logits.argmax()), len(tokens)
@@ -65,9 +65,6 @@ class Ours:
 
 def entry_of(decoder: Decoder, options: ExecutionOptions, prepack: str | None) -> ServingModel:
     """The entry of serving.json by which this machine serves the decoder."""
-    from runtime.cpu import detect_cpu
-    from runtime.session import ONNXRUNTIME
-
     return ServingModel(
         model="bench", release="0" * 64, version="1", decoded=decoder.version.decoded_digest(), options=options,
         prepack=prepack, cpu=str(detect_cpu()), onnxruntime=ONNXRUNTIME,
@@ -79,7 +76,7 @@ def serve(order: dict[str, Any]) -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     tighten_heap()
-    decoder = smollm()
+    decoder = opened(Path(order["directory"])) if "directory" in order else smollm()
     before = rollup()
     loaded: Loaded | None = None
     print(json.dumps(before), file=replies, flush=True)
@@ -95,12 +92,12 @@ def serve(order: dict[str, Any]) -> None:
         seconds = time.perf_counter() - began_s
         gc.collect()
         trim_heap()
-        now = rollup()
-        anonymous = now["Anonymous"] - before["Anonymous"] - _slab_bytes(loaded, decoder)
-        print(
-            json.dumps({"seconds": seconds, "anonymous": anonymous, "pss_file": now["Pss_File"]}),
-            file=replies, flush=True,
-        )  # fmt: skip
+        now, slab = rollup(), _slab_bytes(loaded, decoder)
+        answer = {
+            "seconds": seconds, "anonymous": now["Anonymous"] - before["Anonymous"] - slab, "slab": slab,
+            "pss_file": now["Pss_File"], "resident": mapped_bytes(decoder.directory)[1],
+        }  # fmt: skip
+        print(json.dumps(answer), file=replies, flush=True)
 
 
 def rollup() -> dict[str, int]:
@@ -137,6 +134,4 @@ def _slab_bytes(loaded: Loaded | None, decoder: Decoder) -> int:
 
 
 if __name__ == "__main__":
-    import onnxruntime  # noqa: F401  before the baseline, as what the interpreter holds
-
     serve(json.loads(sys.argv[1]))

@@ -5,16 +5,12 @@ other. All run as the dense one's probe says, so that shapes alone make the diff
 kernels: of zeros no speed is expected, and their row says how much noise there is.
 """
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks.decode import decoding
-from benchmarks.decoder_models import Decoder
 from benchmarks.decoders import MODELS, PRUNED, Child, probed_options
 from benchmarks.harness import Row, Target, at_least, at_most, exact, measure, row
-from forge.release import make_release
-from host.keys import create_key, load_signer
+from benchmarks.releases import release_summary
 from runtime.cpu import allowed_threads
 
 ROUNDS = 15
@@ -47,16 +43,12 @@ def _speed(model: str) -> list[Row]:
 
 
 def _wire(model: str) -> list[Row]:
-    dense = exact(_wire_bytes(MODELS[model]()))
+    dense = exact(release_summary(MODELS[model]().directory).wire_bytes)
     pruned = [name for name in PRUNED if name.startswith(model)]
     return [
-        row(f"{name}: full artifact", "B", exact(_wire_bytes(PRUNED[name]())), at_most(0.9, ratio=True), (model, dense))
+        row(
+            f"{name}: full artifact", "B", exact(release_summary(PRUNED[name]().directory).wire_bytes),
+            at_most(0.9, ratio=True), (model, dense),
+        )
         for name in pruned
-    ]
-
-
-def _wire_bytes(decoder: Decoder) -> int:
-    with tempfile.TemporaryDirectory(prefix="amperage-bench-") as folder:
-        create_key(Path(folder, "key.pem"))
-        signer = load_signer(Path(folder, "key.pem"))
-        return make_release(decoder.directory, Path(folder, "release"), signer, sequence=1).wire_bytes
+    ]  # fmt: skip

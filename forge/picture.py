@@ -1,9 +1,10 @@
-"""Bits per weight of every layer as a picture. The only module that draws; matplotlib is loaded when it does.
+"""Pictures: bits per weight of every layer, and the style of all. The only module that loads matplotlib, when it draws.
 
 Names in the figures are untrusted, so they are never read as mathematical text.
 """
 
 import io
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from forge.inspect import Inspection, LayerCost, bits_per
@@ -11,11 +12,13 @@ from wire.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#D55E00")
 """Distinguishable with every common colour blindness (Okabe and Ito, Color Universal Design, 2008)."""
 
 REST_COLOUR = "#999999"
+GRID_COLOUR = "#DDDDDD"
 REST = "other planes"
 LEAST_SHARE = 0.001
 """Of all weights: what holds less is named below the picture, since a norm of 256 weights would dwarf the layers."""
@@ -32,28 +35,49 @@ def draw_layers(found: Inspection) -> bytes:
 
     Raises ConfigError when matplotlib is missing, or when there is no tensor to draw.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"pictures need {error.name}, which is not installed: pip install 'amperage[forge]'"
-        ) from error
     layers = [layer for layer in found.layers if layer.weights > LEAST_SHARE * found.weights]
     if not layers:
         raise ConfigError("this artifact has no weights to draw; leave --plot away")
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(min(max(8.5, 4 + 0.36 * len(layers)), 40), 5.6), layout="constrained")
-        axes = figure.add_subplot()
+
+    def draw(figure: "Figure", axes: "Axes") -> None:
         _draw_stacks(axes, layers)
         _draw_bound(axes, layers)
         _describe(axes, found, layers)
         left_out = [layer for layer in found.layers if layer not in layers]
         if left_out:
             figure.supxlabel(_note(left_out), fontsize=8, color="#444444", x=0.01, ha="left")
+
+    return draw_picture((min(max(8.5, 4 + 0.36 * len(layers)), 40), 5.6), draw)
+
+
+def draw_picture(size: tuple[float, float], draw: Callable[["Figure", "Axes"], None]) -> bytes:
+    """A PNG of `size` inches, (width, height), in the style of all pictures; `draw` fills its axes.
+
+    Raises ConfigError when matplotlib is missing.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"pictures need {error.name}, which is not installed: pip install 'amperage[forge]'"
+        ) from error
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+        FigureCanvasAgg(figure)  # which can tell how large a text is before it is saved
+        draw(figure, figure.add_subplot())
         sink = io.BytesIO()
         figure.savefig(sink, format="png", dpi=DPI, metadata={"Software": None})
     return sink.getvalue()
+
+
+def entitle(axes: "Axes", title: str, line: str) -> None:
+    """A title on the left, a line below it, and nothing on the right and above but the figures."""
+    axes.set_title(title, loc="left", pad=24, weight="bold")
+    axes.annotate(line, (0, 1), (0, 10), xycoords="axes fraction", textcoords="offset points")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_stacks(axes: "Axes", layers: list[LayerCost]) -> None:
@@ -93,15 +117,12 @@ def _draw_bound(axes: "Axes", layers: list[LayerCost]) -> None:
 def _describe(axes: "Axes", found: Inspection, layers: list[LayerCost]) -> None:
     kind = f"delta to {found.base[:12]}" if found.base else "full artifact"
     bits, whole = bits_per(found.tensors.coded_bytes, found.weights), bits_per(found.wire_bytes, found.weights)
-    axes.set_title(f"{_plain(found.model)} {_plain(found.version)}, {kind}", loc="left", pad=24, weight="bold")
-    axes.annotate(
+    entitle(
+        axes, f"{_plain(found.model)} {_plain(found.version)}, {kind}",
         f"{bits:.3f} bits per weight in the tensors, {whole:.3f} with graph, tokenizer, index and manifest",
-        (0, 1), (0, 10), xycoords="axes fraction", textcoords="offset points",
     )  # fmt: skip
     axes.set_ylabel("coded bits per weight")
-    axes.set_axisbelow(True)
-    axes.grid(axis="y", color="#DDDDDD")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=GRID_COLOUR)
     axes.set_xlim(-0.7, len(layers) - 0.3)
     step = -(-len(layers) // LABELS)
     places = list(range(0, len(layers), step))

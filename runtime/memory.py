@@ -46,15 +46,21 @@ def anonymous_bytes() -> int:
     return 1024 * int(found[1]) if found else 0
 
 
-def resident_share(directory: Path, smaps: Path = Path("/proc/self/smaps")) -> float:
-    """Of what is mapped of files in `directory`, the share that is in memory (proc(5)); 0 when nothing is mapped."""
+def mapped_bytes(directory: Path, smaps: Path = Path("/proc/self/smaps")) -> tuple[int, int]:
+    """What is mapped of files in `directory`, and what of that is in memory (proc(5))."""
     mapped = resident = 0
     inside = False
     for line in smaps.read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
             inside = f" {directory}/" in line
         elif inside and line.startswith("Size:"):
-            mapped += int(line.split()[1])
+            mapped += 1024 * int(line.split()[1])
         elif inside and line.startswith("Rss:"):
-            resident += int(line.split()[1])
+            resident += 1024 * int(line.split()[1])
+    return mapped, resident
+
+
+def resident_share(directory: Path, smaps: Path = Path("/proc/self/smaps")) -> float:
+    """Of what is mapped of files in `directory`, the share that is in memory; 0 when nothing is mapped."""
+    mapped, resident = mapped_bytes(directory, smaps)
     return resident / mapped if mapped else 0.0

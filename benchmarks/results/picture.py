@@ -1,0 +1,101 @@
+"""The pictures of docs/results.md: a cost against perplexity, one point per recipe, the Pareto front marked.
+
+Colours and style are those of forge/picture.py. Each series has a shape of its own too, so that no colour is needed.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from benchmarks.results.figures import DecoderFigures, Results, front
+from benchmarks.results.labels import draw_labels
+from benchmarks.results.recipes import LINES, Series
+from forge.picture import COLOURS, GRID_COLOUR, draw_picture, entitle
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARKERS = ("o", "s", "^", "D", "P", "X", "v")
+SIZE, RADIUS = 48, 8.5
+"""Of a point: area in points squared, and about how many pixels it reaches."""
+STEPS = (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+"""Ticks of a decade."""
+ROOM = 0.08
+"""Of the axis beyond the outermost points, for their labels."""
+INCHES = (12.5, 7.2)
+Cost = Callable[[DecoderFigures], float]
+
+
+def draw_wire(found: Results) -> bytes:
+    """Bytes on the wire against perplexity."""
+    return _draw(found, "on the wire", lambda row: row.wire_bytes / 1e6)
+
+
+def draw_ram(found: Results) -> bytes:
+    """Memory against perplexity."""
+    return _draw(found, "of memory with a full context", lambda row: row.ram_bytes / 1e6)
+
+
+PICTURES: dict[str, Callable[[Results], bytes]] = {"results-wire.png": draw_wire, "results-ram.png": draw_ram}
+"""By file name."""
+
+
+def _draw(found: Results, what: str, cost: Cost) -> bytes:
+    rows = found.decoders
+    points = [(cost(row), row.perplexity) for row in rows]
+    on_front = sorted(point for point, marked in zip(points, front(points), strict=True) if marked)
+
+    def draw(_: "Figure", axes: "Axes") -> None:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        entitle(axes, f"MB {what} and perplexity", "lower left is better; ringed and joined: nothing beats it in both")
+        axes.set_xlabel(f"MB {what}, logarithmic")
+        axes.set_ylabel("perplexity, logarithmic")
+        _draw_front(axes, on_front)
+        for number, series in enumerate(Series):
+            _draw_series(axes, number, [point for row, point in zip(rows, points, strict=True) if row.series is series])
+        axes.axhline(found.original_perplexity, color="#777777", linewidth=0.8, linestyle=":", label="the original")
+        _tick(axes, points)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        paths = [on_front, [(x, found.original_perplexity) for x in axes.get_xlim()]]
+        draw_labels(axes, points, [row.name for row in rows], RADIUS, paths)
+
+    return draw_picture(INCHES, draw)
+
+
+def _draw_front(axes: "Axes", places: Sequence[tuple[float, float]]) -> None:
+    x, y = [place[0] for place in places], [place[1] for place in places]
+    axes.plot(x, y, color="black", linewidth=1.0, linestyle="--", zorder=1, label="Pareto front")
+    axes.scatter(x, y, SIZE * 3.2, facecolors="none", edgecolors="black", linewidths=1.1, zorder=2)
+
+
+def _draw_series(axes: "Axes", number: int, places: list[tuple[float, float]]) -> None:
+    if not places:
+        return
+    series, colour = list(Series)[number], COLOURS[number % len(COLOURS)]
+    x, y = zip(*sorted(places), strict=True)
+    if series in LINES:
+        axes.plot(x, y, color=colour, linewidth=1.4, zorder=2)
+    axes.scatter(
+        x,
+        y,
+        SIZE,
+        color=colour,
+        marker=MARKERS[number],
+        edgecolors="white",
+        linewidths=0.5,
+        zorder=3,
+        label=str(series),
+    )
+
+
+def _tick(axes: "Axes", points: Sequence[tuple[float, float]]) -> None:
+    """Plain numbers on both axes, with room for labels round the outermost points."""
+    for name, number in (("x", 0), ("y", 1)):
+        values = [point[number] for point in points]
+        room = (max(values) / min(values)) ** ROOM
+        low, high = min(values) / room, max(values) * room
+        ticks = [step * scale for scale in (1, 10, 100, 1000) for step in STEPS if low <= step * scale <= high]
+        axes.set(**{f"{name}lim": (low, high), f"{name}ticks": ticks, f"{name}ticklabels": [f"{t:g}" for t in ticks]})
+    axes.minorticks_off()
+    axes.grid(color=GRID_COLOUR)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cli.compilation import compile_
 from cli.inspection import artifact_tables, artifacts_table, version_table
-from cli.shrinking import distil, prune, train_quantised
+from cli.shrinking import distil, prune, train_quantised, trim_vocabulary
 from cli.terminal import AsJson, console, print_figures, progress
 from codec.versions import VERSION_FILE, read_version
 from forge.artifact import Artifact, artifacts_in, read_artifact
@@ -44,6 +44,7 @@ def _forge() -> None:
 
 
 app.command()(prune)
+app.command("trim-vocabulary")(trim_vocabulary)
 app.command()(distil)
 app.command("train-quantised")(train_quantised)
 app.command("compile")(compile_)

@@ -1,4 +1,4 @@
-"""`amperage forge prune`, `distil` and `train-quantised`: a checkpoint in, a smaller or better prepared one out."""
+"""`amperage forge prune`, `trim-vocabulary`, `distil`, `train-quantised`: from a checkpoint to one that weighs less."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +10,7 @@ from forge.evaluate import read_windows
 from forge.prune import Magnitude, Pattern, Rule, Scope, Threshold, prune_checkpoint
 from forge.quantise import Precision
 from forge.shrink import Shrinking, shrink_checkpoint
+from forge.trim import trim_checkpoint
 from wire.errors import ConfigError
 
 Source = Annotated[Path, typer.Argument(help="Folder with config.json, model.safetensors, tokenizer.json.")]
@@ -68,6 +69,19 @@ def _rules(magnitude: float | None, per_layer: bool, threshold: float | None, n_
             raise ConfigError(f"{n_m!r} is no pattern; write it as 2:4")
         rules.append(Pattern(int(kept), int(group)))
     return rules
+
+
+def trim_vocabulary(
+    source: Source,
+    out: Out,
+    keep: Annotated[int, typer.Option(min=1, help="Most tokens to keep.")],
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text in UTF-8 whose tokens are kept first; repeatable. Else by rank.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take tokens out of the tokenizer, and their rows out of the embedding and the head (smaller everywhere)."""
+    print_figures(trim_checkpoint(source, out, keep, text or ()), as_json, str(out))
 
 
 def distil(

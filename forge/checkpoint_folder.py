@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ COMPANIONS = (
     "chat_template.jinja",
 )  # fmt: skip
 """Files that go with a checkpoint whatever its weights are."""
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +45,15 @@ def read_folder(source: Path) -> Folder:
     return Folder(read_config(source / "config.json"), checkpoint.architecture, tensors)
 
 
-def write_folder(source: Path, out: Path, config: Mapping[str, Any], tensors: Mapping[str, Float]) -> None:
-    """Write the checkpoint `out` with the companions of `source`; tensors become float16 where that changes no value
-    of any, else float32.
+def write_folder(
+    source: Path,
+    out: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Float],
+    changed: Mapping[str, str] = NOTHING,
+) -> None:
+    """Write the checkpoint `out` with the companions of `source`, or with the texts `changed` in their place; tensors
+    become float16 where that changes no value of any, else float32.
 
     Raises ConfigError when `out` exists, ArtifactError(unsupported) when a value is not finite.
     """
@@ -66,6 +74,8 @@ def write_folder(source: Path, out: Path, config: Mapping[str, Any], tensors: Ma
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, temporary / name)
+    for name, text in changed.items():
+        (temporary / name).write_text(text)
     temporary.rename(out)
 
 

@@ -73,11 +73,11 @@ class Configuration:
         return value
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, limit_bytes: int = CONFIG_LIMIT_BYTES) -> Any:
     """What a JSON file of a checkpoint holds, bounded. Raises ConfigError."""
     try:
         with path.open("rb") as source:
-            return json.loads(source.read(CONFIG_LIMIT_BYTES))
+            return json.loads(source.read(limit_bytes))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); point at a folder with {path.name}") from error
 

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.decoder_models import ROOT
-from benchmarks.results.figures import DecoderFigures, EncoderFigures, Results, wire_front
+from benchmarks.results.figures import Cost, DecoderFigures, EncoderFigures, Results, wire_front
 from benchmarks.results.recipes import RECIPES
 from benchmarks.results.sentences import sentences_on
 
@@ -37,27 +37,29 @@ ENCODER_METHODS = """
 all-MiniLM-L6-v2. The cosine is that of the embeddings of {found.sentences} sentences, those of the judging windows, \
 to the checkpoint's own in float32. Speeds are of one sentence at a time.
 """
-DECODER_COLUMNS: dict[str, Callable[[DecoderFigures], str]] = {
-    "recipe": lambda row: row.name,
+SIZES: dict[str, Callable[[Cost], str]] = {
     "disk, MB": lambda row: megabytes(row.disk_bytes),
     "wire, MB": lambda row: megabytes(row.wire_bytes),
     "bits per weight": lambda row: f"{row.bits_per_weight:.2f}",
+}
+SPREAD = "spread"
+DECODER_COLUMNS: dict[str, Callable[[DecoderFigures], str]] = {
+    "recipe": lambda row: row.name,
+    **SIZES,
     "RAM, MB": lambda row: megabytes(row.ram_bytes),
     "perplexity": lambda row: f"{row.perplexity:.2f}",
     "KL, nats": lambda row: f"{row.kl_nats:.4f}",
     "same best token": lambda row: f"{row.top1_agreement:.3f}",
     "tokens/s": lambda row: f"{row.speed:,.0f}",
-    "spread": lambda row: f"{row.speed_spread:.0%}",
+    SPREAD: lambda row: f"{row.speed_spread:.0%}",
 }
 ENCODER_COLUMNS: dict[str, Callable[[EncoderFigures], str]] = {
     "precision": lambda row: row.name,
-    "disk, MB": lambda row: megabytes(row.disk_bytes),
-    "wire, MB": lambda row: megabytes(row.wire_bytes),
-    "bits per weight": lambda row: f"{row.bits_per_weight:.2f}",
+    **SIZES,
     "cosine, mean": lambda row: f"{row.cosine_mean:.4f}",
     "cosine, least": lambda row: f"{row.cosine_least:.4f}",
     "sentences/s": lambda row: f"{row.speed:,.0f}",
-    "spread": lambda row: f"{row.speed_spread:.0%}",
+    SPREAD: lambda row: f"{row.speed_spread:.0%}",
 }
 FRONT, MARK = "front", "●"
 """Heading and mark of rows that nothing beats in both bytes on the wire and perplexity."""

@@ -10,18 +10,21 @@ from rich.table import Table
 
 from cli.compilation import compile_
 from cli.inspection import artifact_tables, artifacts_table, version_table
+from cli.quantising import quantise
 from cli.shrinking import distil, prune, train_quantised, trim_vocabulary
 from cli.terminal import AsJson, console, print_figures, progress
 from codec.versions import VERSION_FILE, read_version
 from forge.artifact import Artifact, artifacts_in, read_artifact
 from forge.build import build_version, parameters_of
 from forge.cache_scales import Int8Cache
+from forge.calibrated import round_checkpoint
 from forge.evaluate import evaluate_version, read_windows
 from forge.extract import extract_artifact
 from forge.inspect import inspect_artifact
 from forge.picture import draw_layers
 from forge.quantise import Precision
 from forge.release import ReleaseSummary, make_release
+from forge.rounding import Rounding
 from forge.verify import verify_artifact, verify_release
 from host.files import write_atomically
 from host.keys import load_signer
@@ -44,6 +47,7 @@ def _forge() -> None:
 
 
 app.command()(prune)
+app.command()(quantise)
 app.command("trim-vocabulary")(trim_vocabulary)
 app.command()(distil)
 app.command("train-quantised")(train_quantised)
@@ -59,25 +63,31 @@ def build(
     precision: Annotated[
         Precision | None, typer.Option(help="How matrices are stored; else int4, of encoders int8.")
     ] = None,
+    rounding: Annotated[
+        Rounding, typer.Option(help="How weights of a decoder find their levels; k-quant and gptq read text for it.")
+    ] = Rounding.NEAREST,
     scales_of: Annotated[Path | None, typer.Option(help="Version whose scales are kept for a small delta.")] = None,
     kv_cache: Annotated[
         CacheType, typer.Option(help="How the runtime keeps keys and values; int8 takes a quarter of the memory.")
     ] = CacheType.FLOAT32,
     calibration: Annotated[
-        Path | None, typer.Option(help="Token windows for the scales of int8, as in samples/eval; else its own text.")
+        Path | None, typer.Option(help="Token windows for both of these, as in samples/eval; else its own text.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Import a checkpoint of a decoder or a sentence encoder, quantise it, write the version directory."""
-    cache = None
-    if kv_cache is CacheType.INT8:
-        cache = Int8Cache(read_windows(calibration) if calibration is not None else None)
-    elif calibration is not None:
-        raise ConfigError("a float32 cache needs no calibration; leave it out, or add --kv-cache int8")
+    calibrated = rounding is not Rounding.NEAREST
+    if calibration is not None and not calibrated and kv_cache is CacheType.FLOAT32:
+        raise ConfigError("nothing here is calibrated; leave --calibration out, or add --rounding or --kv-cache int8")
+    if calibrated and scales_of is not None:
+        raise ConfigError("weights on a base's scales are rounded to the nearest; leave --rounding or --scales-of out")
+    windows = read_windows(calibration) if calibration is not None else None
     with progress() as report:
+        rounded = round_checkpoint(source, precision, rounding, windows, report) if calibrated else None
         document = build_version(
-            source, out, (name, version), precision=precision, scales_of=scales_of, cache=cache, progress=report
-        )
+            source, out, (name, version), precision=precision, rounded=rounded, scales_of=scales_of,
+            cache=Int8Cache(windows) if kv_cache is CacheType.INT8 else None, progress=report,
+        )  # fmt: skip
     figures = {
         "model": name, "version": version, "decoded": document.decoded_digest(),
         "parameters": parameters_of(document), "raw_bytes": sum(entry.size_bytes for entry in document.files),

@@ -28,7 +28,7 @@ from forge.golden import golden_texts, make_embedding_set, make_golden
 from forge.graph import build_graph
 from forge.placer import Placer
 from forge.progress import Progress, silent
-from forge.quantise import Float, Precision
+from forge.quantise import BlockMatrix, Float, Precision
 from forge.reference import MODEL_FILE, shipped_judge, twin_judge
 from forge.weights import WEIGHTS_FILE, writing_weights
 from wire.documents import encode_document
@@ -61,11 +61,13 @@ PLAIN_TEMPLATE = "{%- for message in messages -%}{{ message['content'] }}{{ '\\n
 
 def build_version(  # noqa: PLR0913  # each is a choice of the caller, three of them by name
     source: Path, out: Path, named: tuple[str, str], *, precision: Precision | None = None,
-    scales_of: Path | None = None, cache: Int8Cache | None = None, progress: Progress = silent,
+    rounded: Mapping[str, BlockMatrix] | None = None, scales_of: Path | None = None, cache: Int8Cache | None = None,
+    progress: Progress = silent,
 ) -> VersionDocument:  # fmt: skip
     """Build the version directory `out` from the checkpoint `source`; `named` is (model, version). `precision` None is
-    the one of its kind (DECODER_PRECISION, ENCODER_PRECISION). `scales_of` is the version whose scales are kept where
-    they fit, so that a delta to it is sparse. Without `cache` keys and values of a decoder are cached as float32.
+    the one of its kind (DECODER_PRECISION, ENCODER_PRECISION). `rounded` are matrices of a decoder that are quantised
+    already, by name. `scales_of` is the version whose scales are kept where they fit, so that a delta to it is sparse.
+    Without `cache` keys and values of a decoder are cached as float32.
 
     Raises ConfigError or ArtifactError with a remedy when the checkpoint does not fit.
     """
@@ -76,7 +78,7 @@ def build_version(  # noqa: PLR0913  # each is a choice of the caller, three of 
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
-    choices = _Choices(precision, read_scales(scales_of) if scales_of else {}, cache, progress)
+    choices = _Choices(precision, rounded or {}, read_scales(scales_of) if scales_of else {}, cache, progress)
     config, columns = make(source, temporary, choices)
     identity = (*named, config)
     files = FILES if isinstance(config, DecoderConfig) else tuple(name for name in FILES if name != TEMPLATE_FILE)
@@ -114,6 +116,7 @@ class _Choices:
     """What the caller wants of a build."""
 
     precision: Precision | None
+    rounded: Mapping[str, BlockMatrix]
     base_scales: Mapping[str, Float]
     cache: Int8Cache | None
     progress: Progress
@@ -132,10 +135,8 @@ def _make_decoder(source: Path, out: Path, choices: _Choices) -> tuple[ModelConf
         eos_token_ids=a.eos_token_ids,
     )  # fmt: skip
     with writing_weights(out) as writer:
-        weights = place_weights(
-            checkpoint, writer, base_scales=choices.base_scales, precision=choices.precision or DECODER_PRECISION,
-            progress=progress,
-        )  # fmt: skip
+        placer = Placer(writer, choices.base_scales, choices.precision or DECODER_PRECISION, choices.rounded)
+        weights = place_weights(checkpoint, placer, progress)
         _write_graph(out, build_graph(a, weights))
         if choices.cache is not None:
             writer.sink.flush()

@@ -15,12 +15,12 @@ from tokenizers import Tokenizer
 
 from forge.golden import PROMPTS
 from forge.graph import CacheScales
+from forge.own_text import OWN_TOKENS, continue_prompts, read_text
 from forge.progress import Progress
 from forge.quantise import Float, to_bf16_grid
 from forge.weights import Placed, WeightsWriter
 from runtime.cpu import allowed_threads
-from runtime.model import PREFILL_TOKENS, Model
-from runtime.sampling import Sampler, Sampling
+from runtime.model import Model
 from runtime.slab import Shape
 from runtime.version import TOKENIZER_FILE
 from wire.errors import ConfigError
@@ -30,8 +30,6 @@ from wire.serving import ExecutionOptions
 LEVELS = 127
 MARGIN = 1.25
 """For text that is not the calibration's."""
-OWN_TOKENS = 256
-"""Length to which the model continues each prompt when no text is given."""
 SMALLEST = 2.0**-20
 
 
@@ -55,11 +53,11 @@ def measure_scales(directory: Path, config: DecoderConfig, choice: Int8Cache, pr
     longest = min(config.context_tokens, max(map(len, windows)) if windows else OWN_TOKENS)
     shape = Shape(1 if windows else len(PROMPTS), longest)
     model = Model(directory, config, shape, ExecutionOptions(threads=allowed_threads()))
-    texts = windows or _continued(model, Tokenizer.from_file(str(directory / TOKENIZER_FILE)), progress)
+    texts = windows or continue_prompts(model, Tokenizer.from_file(str(directory / TOKENIZER_FILE)), progress)
     bounds = np.zeros((config.layers, 2, config.kv_heads, config.head_size), np.float32)
     for number, text in enumerate(texts):
         progress("calibrate the cache", number, len(texts))
-        _read(model, 0, text[:longest])
+        read_text(model, 0, text[:longest])
         np.maximum(bounds, _bounds(model, min(len(text), longest)), out=bounds)
     model.close()
     return np.maximum(to_bf16_grid(bounds * np.float32(MARGIN / LEVELS)), np.float32(SMALLEST))
@@ -72,27 +70,6 @@ def place_scales(writer: WeightsWriter, scales: Float) -> list[CacheScales]:
         return writer.add(f"layers.{layer}.{name}", scales[layer, part][None, :, None, :], Layout.F32_BF16_GRID)
 
     return [CacheScales(place(i, 0, "key_scales"), place(i, 1, "value_scales")) for i in range(scales.shape[0])]
-
-
-def _continued(model: Model, tokenizer: Tokenizer, progress: Progress) -> list[list[int]]:
-    """The prompts, each in a slot of its own, and what the model makes of them."""
-    texts = [[int(token) for token in tokenizer.encode(prompt).ids][: model.shape.capacity] for prompt in PROMPTS]
-    rows = [_read(model, slot, text).copy() for slot, text in enumerate(texts)]
-    samplers = [Sampler(Sampling(seed=slot)) for slot in range(len(texts))]
-    steps = model.shape.capacity - max(map(len, texts))
-    for step in range(steps):
-        progress("make text for the calibration", step, steps)
-        for text, sampler, row in zip(texts, samplers, rows, strict=True):
-            text.append(sampler.draw(row))
-        rows = list(model.decode([text[-1] for text in texts], [len(text) - 1 for text in texts]))
-    return texts
-
-
-def _read(model: Model, slot: int, text: list[int]) -> Float:
-    """Logits of the last token."""
-    for start in range(0, len(text), PREFILL_TOKENS):
-        logits = model.prefill(slot, text[start : start + PREFILL_TOKENS], start)
-    return logits
 
 
 def _bounds(model: Model, length: int) -> Float:

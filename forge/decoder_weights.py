@@ -1,7 +1,5 @@
 """A checkpoint's matrices, stacked and quantised (or kept in float), placed in weights.bin and handed to the graph."""
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from forge.checkpoint import Checkpoint
@@ -9,16 +7,12 @@ from forge.graph import Layer, Weights
 from forge.placer import Placer
 from forge.progress import Progress, silent
 from forge.quantise import Float, Precision
-from forge.weights import Placed, WeightsWriter
+from forge.weights import Placed
 
 
-def place_weights(
-    checkpoint: Checkpoint, writer: WeightsWriter, *, base_scales: Mapping[str, Float] | None = None,
-    precision: Precision = Precision.INT4, progress: Progress = silent,
-) -> Weights:  # fmt: skip
-    """Read, transform and place every weight of `checkpoint`; `base_scales` by tensor name (see quantise_blocks)."""
+def place_weights(checkpoint: Checkpoint, placer: Placer, progress: Progress = silent) -> Weights:
+    """Read, transform and place every weight of `checkpoint`."""
     a = checkpoint.architecture
-    placer = Placer(writer, base_scales or {}, precision)
     table = checkpoint.tensor("model.embed_tokens.weight", (a.vocab_size, a.hidden_size))
     embedding = placer.table("model.embed_tokens", table)
     layers = []
@@ -27,7 +21,7 @@ def place_weights(
         layers.append(_place_layer(checkpoint, placer, i))
     norm = placer.vector("model.norm", checkpoint.tensor("model.norm.weight", (a.hidden_size,)))
     if a.tied_head:
-        head = embedding if precision is not Precision.FLOAT32 else placer.matrix("lm_head", table)
+        head = embedding if placer.precision is not Precision.FLOAT32 else placer.matrix("lm_head", table)
     else:
         head = placer.head("lm_head", checkpoint.tensor("lm_head.weight", (a.vocab_size, a.hidden_size)))
     return Weights(embedding, layers, norm, head)

@@ -37,6 +37,11 @@ def log_probabilities(logits: Float) -> Double:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
+def divergences(reference: Double | Float, scores: Double) -> Double:
+    """KL(reference || scores) in nats per row, float64 [rows], of log probabilities [rows, vocabulary]."""
+    return np.asarray((np.exp(reference) * (reference - scores)).sum(axis=1), np.float64)
+
+
 def window_losses(judge: Judge, window: list[int]) -> Double:
     """Negative log likelihood of each token after the first, float64 [len(window) - 1]."""
     scores = log_probabilities(judge.logits(window)[:-1])
@@ -59,7 +64,7 @@ class _Compared:
     def add(self, window: list[int], scores: Double, others: Double) -> None:
         """Log probabilities of both, float64 [len(window), vocabulary]; the losses are the other's."""
         self.losses.append(-others[np.arange(len(window) - 1), window[1:]])
-        self.divergence.append((np.exp(others) * (others - scores)).sum(axis=1))
+        self.divergence.append(divergences(others, scores))
         self.agreement.append(scores.argmax(axis=1) == others.argmax(axis=1))
 
     def figures(self, name: str, suffix: str) -> dict[str, float]:

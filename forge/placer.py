@@ -1,7 +1,7 @@
 """Matrices on their way into weights.bin: quantised, or in float as trained."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -14,14 +14,18 @@ from wire.manifest import Dtype, Layout
 
 @dataclass(slots=True)
 class Placer:
-    """Places matrices in `precision`, on the scales of `base_scales` where they fit (see quantise_blocks)."""
+    """Places matrices in `precision`, on the scales of `base_scales` where they fit (see quantise_blocks); those of
+    `rounded` as they are there."""
 
     writer: WeightsWriter
     base_scales: Mapping[str, Float]
     precision: Precision
+    rounded: Mapping[str, BlockMatrix] = field(default_factory=dict)
 
     def matrix(self, name: str, weights: Float) -> Matrix:
         """A matrix [rows, columns] that is multiplied."""
+        if name in self.rounded:
+            return place_quantised(self.writer, name, self.rounded[name])
         rows, columns = weights.shape
         if self.precision is Precision.FLOAT32:
             dense = self.writer.add(f"{name}.weight", np.ascontiguousarray(weights.T), Layout.F32)
@@ -51,7 +55,7 @@ class Placer:
 
     def head(self, name: str, weights: Float) -> Matrix:
         """A matrix [words, columns] of logits, in the precision of tables."""
-        return Placer(self.writer, self.base_scales, self.precision.of_tables).matrix(name, weights)
+        return replace(self, precision=self.precision.of_tables).matrix(name, weights)
 
     def vector(self, name: str, values: Float) -> Placed:
         """Values of any shape that stay in float."""

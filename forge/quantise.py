@@ -5,7 +5,8 @@ as q + 128, of what has two bits in [-2, 1] as q + 2, and one scale s. The scale
 quantising: the error does not change and a scale costs half the bytes (measured: 0.324 against 0.824 bits per weight).
 Of int4, among a few shrunken scales the one with the least squared error is kept, which clips a block's largest weight
 a little to place the others better. With two bits levels are so few that every scale tried is fitted once more, by
-least squares, to the levels that it gave.
+least squares, to the levels that it gave. With `importance` squared errors count by what their column is multiplied
+with, as in llama.cpp's k-quants (quantize_row_q4_K with an importance matrix).
 """
 
 from collections.abc import Iterable, Iterator
@@ -66,41 +67,70 @@ class BlockMatrix:
         """(rows, columns) of the matrix."""
         return self.packed.shape[0], self.packed.shape[1] * 8 // self.bits
 
-    def dequantise(self) -> Float:
-        """float32 [rows, columns]: what the kernels compute with."""
-        levels = np.empty(self.shape, np.float32)
+    def levels(self) -> Bytes:
+        """uint8 [rows, columns], what stands for 0 included."""
+        levels = np.empty(self.shape, np.uint8)
         for i in range(per := 8 // self.bits):
             levels[:, i::per] = self.packed >> self.bits * i & (1 << self.bits) - 1
-        blocks = (levels - _zero_point(self.bits)).reshape(self.shape[0], -1, BLOCK)
+        return levels
+
+    def dequantise(self) -> Float:
+        """float32 [rows, columns]: what the kernels compute with."""
+        levels = self.levels().astype(np.float32) - _zero_point(self.bits)
+        blocks = levels.reshape(self.shape[0], -1, BLOCK)
         return np.asarray((blocks * self.scales[:, :, None]).reshape(self.shape), np.float32)
 
 
 def quantise_blocks(
-    name: str, weights: Float, base_scales: Float | None = None, *, precision: Precision = Precision.INT4
-) -> BlockMatrix:
+    name: str, weights: Float, base_scales: Float | None = None, *, precision: Precision = Precision.INT4,
+    importance: Float | None = None,
+) -> BlockMatrix:  # fmt: skip
     """Quantise `weights` [rows, columns]; with `base_scales` a block of int8 or int4 keeps the base's scale unless
-    that would clip it, so that the difference to the base stays sparse.
+    that would clip it, so that the difference to the base stays sparse. `importance` [columns] weighs squared errors.
 
     Raises ArtifactError(unsupported) when columns are no multiple of 32.
     """
+    blocks = in_blocks(name, weights)
+    bits = precision.bits
+    scales = block_scales(blocks, precision, importance)
+    if base_scales is not None and base_scales.shape == scales.shape and bits > 2:
+        fits = np.abs(blocks).max(axis=2) <= base_scales * (_zero_point(bits) + 0.5)
+        scales = np.where(fits & (base_scales > 0), base_scales, scales)
+    return round_on(weights, scales, precision)
+
+
+def round_on(weights: Float, scales: Float, precision: Precision) -> BlockMatrix:
+    """`weights` [rows, columns] on the nearest levels of given `scales` [rows, columns / 32]."""
+    levels = _rounded(weights.reshape(*scales.shape, BLOCK), scales, precision)
+    return pack_levels(levels.reshape(weights.shape), scales, precision.bits)
+
+
+def in_blocks(name: str, weights: Float) -> Float:
+    """`weights` [rows, columns] as [rows, columns / 32, 32]. Raises ArtifactError(unsupported) naming the tensor when
+    they do not divide."""
     rows, columns = weights.shape
     if columns % BLOCK:
         raise ArtifactError(
             Code.UNSUPPORTED,
             f"tensor {name} has {columns} columns, no multiple of {BLOCK}; keep it in float or pad the model",
         )
-    blocks = weights.reshape(rows, columns // BLOCK, BLOCK)
-    bits = precision.bits
-    scales = _fitted_scales(blocks, precision) if bits == 2 else _best_scales(blocks, precision)
-    if base_scales is not None and base_scales.shape == scales.shape and bits > 2:
-        fits = np.abs(blocks).max(axis=2) <= base_scales * (_zero_point(bits) + 0.5)
-        scales = np.where(fits & (base_scales > 0), base_scales, scales)
-    levels = (_rounded(blocks, scales, precision) + _zero_point(bits)).reshape(rows, columns).astype(np.uint8)
+    return weights.reshape(rows, columns // BLOCK, BLOCK)
+
+
+def pack_levels(levels: Float, scales: Float, bits: int) -> BlockMatrix:
+    """Levels about zero [rows, columns] in `bits` each, and their scales [rows, columns / 32]."""
+    stored = (levels + _zero_point(bits)).astype(np.uint8)
     per = 8 // bits
-    packed: Bytes = np.zeros((rows, columns // per), np.uint8)
+    packed: Bytes = np.zeros((levels.shape[0], levels.shape[1] // per), np.uint8)
     for i in range(per):
-        packed |= levels[:, i::per] << np.uint8(bits * i)
+        packed |= stored[:, i::per] << np.uint8(bits * i)
     return BlockMatrix(packed, scales, bits)
+
+
+def level_range(precision: Precision) -> tuple[int, int]:
+    """The lowest and the highest level about zero."""
+    zero = _zero_point(precision.bits)
+    return -1 if precision in (Precision.TERNARY, Precision.BINARY) else -zero, zero - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +167,24 @@ def _zero_point(bits: int) -> int:
     return 1 << (bits - 1)
 
 
-def _best_scales(blocks: Float, precision: Precision) -> Float:
-    """The scale of least squared error per block of int4 or int8, float32 [rows, blocks]."""
+def block_scales(blocks: Float, precision: Precision, importance: Float | None = None) -> Float:
+    """The scale of least squared error per block of `blocks` [rows, blocks, 32], float32 [rows, blocks] on the bfloat16
+    grid; `importance` float32 [blocks * 32] weighs the errors."""
+    weighed = np.ones(blocks.shape[1:], np.float32) if importance is None else importance.reshape(blocks.shape[1:])
+    return (_fitted_scales if precision.bits == 2 else _best_scales)(blocks, precision, weighed)
+
+
+def _best_scales(blocks: Float, precision: Precision, importance: Float) -> Float:
+    """Of int4 or int8."""
     largest = np.abs(blocks).max(axis=2)
     highest = _zero_point(precision.bits) - 1
     full = np.where(largest > 0, largest / highest, SMALLEST).astype(np.float32)
     shrinks = SHRINKS if precision is Precision.INT4 else SHRINKS[:1]
-    return _least_error(blocks, (to_bf16_grid(full * np.float32(shrink)) for shrink in shrinks), precision)
+    return _least_error(blocks, (to_bf16_grid(full * np.float32(shrink)) for shrink in shrinks), precision, importance)
 
 
-def _fitted_scales(blocks: Float, precision: Precision) -> Float:
-    """The same of two bits, float32 [rows, blocks]. A scale of int2 may be negative: its levels are not symmetric."""
+def _fitted_scales(blocks: Float, precision: Precision, importance: Float) -> Float:
+    """Of two bits. A scale of int2 may be negative: its levels are not symmetric."""
 
     def tried() -> Iterator[Float]:
         largest = np.abs(blocks).max(axis=2)
@@ -156,19 +193,21 @@ def _fitted_scales(blocks: Float, precision: Precision) -> Float:
                 scales = np.where(largest > 0, to_bf16_grid(largest * np.float32(sign * start)), SMALLEST)
                 yield scales
                 rounded = _rounded(blocks, scales, precision)
-                square = np.square(rounded).sum(axis=2)
-                fitted = to_bf16_grid((blocks * rounded).sum(axis=2) / np.maximum(square, 1))
+                square = (np.square(rounded) * importance).sum(axis=2)
+                fitted = to_bf16_grid((blocks * rounded * importance).sum(axis=2) / np.where(square > 0, square, 1))
                 yield np.where(np.abs(fitted) > SMALLEST, fitted, SMALLEST)
 
-    return _least_error(blocks, tried(), precision)
+    return _least_error(blocks, tried(), precision, importance)
 
 
-def _least_error(blocks: Float, candidates: Iterable[Float], precision: Precision) -> Float:
-    """Of the candidates, float32 [rows, blocks] each, the one of least squared error per block; the first of equals."""
+def _least_error(blocks: Float, candidates: Iterable[Float], precision: Precision, importance: Float) -> Float:
+    """Of the candidates, float32 [rows, blocks] each, the one of least error per block, weighed by `importance`
+    [blocks, 32]; the first of equals."""
     best = np.zeros(blocks.shape[:2], np.float32)
     least = np.full(best.shape, np.inf, np.float32)
     for scales in candidates:
-        error = np.square(_rounded(blocks, scales, precision) * scales[:, :, None] - blocks).sum(axis=2)
+        difference = _rounded(blocks, scales, precision) * scales[:, :, None] - blocks
+        error = (np.square(difference) * importance).sum(axis=2)
         better = error < least
         best, least = np.where(better, scales, best), np.where(better, error, least)
     return np.asarray(best, np.float32)

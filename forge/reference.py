@@ -6,7 +6,7 @@ judged by it.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from onnx.external_data_helper import load_external_data_for_model
 from forge.checkpoint import Checkpoint
 from forge.decoder_weights import place_weights
 from forge.graph import CACHE_ATTRIBUTES, FLOAT_ATTENTION_INPUTS, build_graph
+from forge.placer import Placer
 from forge.quantise import BlockMatrix, Float, Precision
 from forge.weights import writing_weights
 from wire.errors import ConfigError
@@ -39,12 +40,18 @@ class Judge:
         types = {entry.type for entry in self._session.get_inputs()}
         self._cache_dtype = np.int8 if "tensor(int8)" in types else np.float32
 
-    def logits(self, ids: Sequence[int], rows: Sequence[int] | None = None) -> Float:
+    def logits(
+        self, ids: Sequence[int], rows: Sequence[int] | None = None, extra: Mapping[str, Float] | None = None
+    ) -> Float:
         """Logits float32 [len(rows), vocabulary] of the prompt `ids` in one forward; all rows by default."""
-        return self.values(["logits"], ids, rows)[0]
+        return self.values(["logits"], ids, rows, extra)[0]
 
-    def values(self, names: Sequence[str], ids: Sequence[int], rows: Sequence[int] | None = None) -> list[Float]:
-        """What the graph's outputs `names` are for the prompt `ids`, float32; logits of all rows by default."""
+    def values(
+        self, names: Sequence[str], ids: Sequence[int], rows: Sequence[int] | None = None,
+        extra: Mapping[str, Float] | None = None,
+    ) -> list[Float]:  # fmt: skip
+        """What the graph's outputs `names` are for the prompt `ids`, float32; logits of all rows by default. `extra`
+        are inputs that this graph has besides."""
         length = len(ids)
         empty = np.zeros((1, self._kv_heads, length, self._head_size), self._cache_dtype)
         feeds: dict[str, NDArray[np.generic]] = {
@@ -52,6 +59,7 @@ class Judge:
             "seqlens_k": np.asarray([length - 1], np.int32),
             "total_sequence_length": np.asarray(length, np.int32),
             "logit_rows": np.asarray(range(length) if rows is None else rows, np.int64),
+            **(extra or {}),
         }
         for i in range(self._layers):
             feeds[f"past_key_values.{i}.key"] = feeds[f"past_key_values.{i}.value"] = empty
@@ -88,7 +96,7 @@ def float_cache_judge(directory: Path, version: VersionDocument) -> Judge:
 def checkpoint_judge(checkpoint: Checkpoint, scratch: Path) -> Judge:
     """The checkpoint itself in float32; `scratch` is an empty directory that must outlive the judge."""
     with writing_weights(scratch) as writer:
-        graph = build_graph(checkpoint.architecture, place_weights(checkpoint, writer, precision=Precision.FLOAT32))
+        graph = build_graph(checkpoint.architecture, place_weights(checkpoint, Placer(writer, {}, Precision.FLOAT32)))
     (scratch / MODEL_FILE).write_bytes(graph.SerializeToString(deterministic=True))
     a = checkpoint.architecture
     return Judge(scratch / MODEL_FILE, a.layers, a.kv_heads, a.head_size)

@@ -25,6 +25,8 @@ from wire.signing import Role
 RELEASE_FILE = "release.json"
 VARIANTS = {Dtype.U2: "int2-block32", Dtype.U4: "int4-block32", Dtype.I8: "int8", Dtype.U8: "int8-block32"}
 """Names of variants by the dtype of their matrices; the first that a version has, since tables may have another."""
+MIXED = "mixed-block32"
+"""Of layers whose matrices differ."""
 RAM_FACTOR = 2.5
 """Weights mapped, weights repacked by onnxruntime (up to 2.2 times), and a KV cache: what a node should have free."""
 
@@ -134,7 +136,11 @@ def _make_artifact(
 
 def variant_name(version: VersionDocument) -> str:
     """How the matrices are stored, for people and for a node's report."""
-    return next((name for dtype, name in VARIANTS.items() if dtype in version.tensors.dtype), "float32")
+    columns = version.tensors
+    in_layers = {dtype for name, dtype in zip(columns.name, columns.dtype, strict=True) if name.startswith("layers.")}
+    if len(in_layers & VARIANTS.keys()) > 1:
+        return MIXED
+    return next((name for dtype, name in VARIANTS.items() if dtype in columns.dtype), "float32")
 
 
 def _requirements(version: VersionDocument) -> Requirements:

@@ -1,0 +1,63 @@
+"""Rounding a decoder's matrices by what they are multiplied with while it reads text."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from forge.build import DECODER_PRECISION, TOKENIZER_FILE, build_version
+from forge.golden import PROMPTS
+from forge.moments import measure_moments
+from forge.open_model import EMBEDDING, HEAD, open_model
+from forge.own_text import OWN_TOKENS, continue_prompts
+from forge.progress import Progress
+from forge.quantise import BlockMatrix, Precision
+from forge.rounding import Grid, Rounding, round_matrix
+from runtime.cpu import allowed_threads
+from runtime.model import Model
+from runtime.slab import Shape
+from wire.errors import ConfigError
+from wire.manifest import DecoderConfig
+from wire.serving import ExecutionOptions
+
+
+def round_checkpoint(
+    source: Path, precision: Precision | None, rounding: Rounding, windows: Sequence[Sequence[int]] | None,
+    progress: Progress,
+) -> dict[str, BlockMatrix]:  # fmt: skip
+    """All matrices of the decoder `source` in `precision` (None: the usual), by the names that they are placed under;
+    tables in their own. `windows` of tokens calibrate, None lets the model write its own.
+
+    Raises ConfigError when the rounding does not fit the precision, or windows the model.
+    """
+    chosen = precision or DECODER_PRECISION
+    if chosen is Precision.FLOAT32:
+        raise ConfigError(f"float32 rounds nothing; leave --rounding {rounding} out")
+    texts = windows or own_windows(source, progress)
+    with open_model(source) as model:
+        model.check_windows(texts)
+        moments = measure_moments(model, texts, progress)
+        rounded = {}
+        for number, name in enumerate(model.names):
+            progress("round", number, len(model.names))
+            grid = Grid(chosen.of_tables if name in (EMBEDDING, HEAD) else chosen)
+            rounded[name] = round_matrix(name, model.matrix(name), grid, rounding, moments.get(name))
+    return rounded
+
+
+def own_windows(source: Path, progress: Progress) -> list[list[int]]:
+    """What the decoder `source` writes by itself in float32: a window for each of the golden vectors' prompts."""
+    with tempfile.TemporaryDirectory(prefix="amperage-forge-") as folder:
+        directory = Path(folder) / "float32"
+        version = build_version(source, directory, ("own-text", "0"), precision=Precision.FLOAT32, progress=progress)
+        config = version.config
+        if not isinstance(config, DecoderConfig):
+            raise ConfigError("only decoders are calibrated by text of their own; leave --rounding out for encoders")
+        tokenizer = Tokenizer.from_file(str(directory / TOKENIZER_FILE))
+        shape = Shape(len(PROMPTS), min(config.context_tokens, OWN_TOKENS))
+        model = Model(directory, config, shape, ExecutionOptions(threads=allowed_threads()))
+        try:
+            return continue_prompts(model, tokenizer, progress)
+        finally:
+            model.close()

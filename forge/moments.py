@@ -1,0 +1,24 @@
+"""What a decoder's matrices are multiplied with while it reads text, as second moments."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from forge.open_model import OpenModel
+from forge.progress import Progress
+from forge.quantise import Float
+
+
+def measure_moments(model: OpenModel, windows: Sequence[Sequence[int]], progress: Progress) -> dict[str, Float]:
+    """The mean of x x' over all tokens x, float32 [columns, columns], by the name of each matrix that is multiplied."""
+    names = model.multiplied
+    sums: dict[str, Float] = {}
+    tokens = 0
+    for number, window in enumerate(windows):
+        progress("calibrate", number, len(windows))
+        read = window[: model.architecture.context_tokens]
+        tokens += len(read)
+        for name, rows in zip(names, model.inputs(read, names), strict=True):
+            product = rows.T @ rows
+            sums[name] = product if name not in sums else sums[name] + product
+    return {name: np.asarray(total / np.float32(tokens), np.float32) for name, total in sums.items()}

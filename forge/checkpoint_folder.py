@@ -1,4 +1,4 @@
-"""A decoder's checkpoint as a folder of files, read whole and written anew: pruning and training begin and end so.
+"""A checkpoint as a folder of files, read whole and written anew: pruning and training begin and end so.
 
 A folder is written under a temporary name beside its place and renamed at the end, so that whoever finds it finds all
 of it; a crash leaves the temporary name, which the next write of that place removes. The same tensors and config give
@@ -23,9 +23,11 @@ from wire.errors import ArtifactError, Code, ConfigError
 
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-    "chat_template.jinja",
+    "chat_template.jinja", "modules.json", "sentence_bert_config.json",
 )  # fmt: skip
 """Files that go with a checkpoint whatever its weights are."""
+MODULES = "*_*/config.json"
+"""And those of an encoder's further modules, as sentence-transformers names them."""
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -71,9 +73,10 @@ def write_folder(
     (temporary / "model.safetensors").write_bytes(save(stored, {"format": "pt"}))
     described = {**config, "dtype": np.dtype(dtype).name}
     (temporary / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, temporary / name)
+    for path in (*(source / name for name in COMPANIONS), *source.glob(MODULES)):
+        if path.is_file():
+            (temporary / path.relative_to(source)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, temporary / path.relative_to(source))
     for name, text in changed.items():
         (temporary / name).write_text(text)
     temporary.rename(out)

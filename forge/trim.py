@@ -1,7 +1,7 @@
-"""Trimming a vocabulary: a checkpoint with fewer tokens, whose logits of those that stay are what they were.
+"""Trimming a vocabulary: a checkpoint with fewer tokens, which answers texts of those that stay as it did.
 
-The embedding is a large part of a small model. A row leaves it, and the head, for every token that leaves the
-tokenizer; nothing else of the model changes. A text that needed such a token takes several in its place.
+The embedding is a large part of a small model. A row leaves it, and the head of a decoder, for every token that leaves
+the tokenizer; nothing else of the model changes. A text that needed such a token takes several in its place.
 """
 
 import json
@@ -9,18 +9,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from forge.checkpoint_folder import Folder, read_folder, refuse_existing, write_folder
+from forge.checkpoint import Checkpoint
+from forge.checkpoint_folder import refuse_existing, write_folder
 from forge.configuration import read_config
-from forge.quantise import Float
-from forge.vocabulary import Vocabulary
+from forge.encoder_checkpoint import EncoderCheckpoint, is_encoder
+from forge.spelling import REMEDY
+from forge.vocabulary import Vocabulary, open_tokenizer
 from wire.errors import ConfigError
 
-TOKENIZER = "tokenizer.json"
-TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+NUMBERING = (CONFIG, "generation_config.json", "tokenizer_config.json")
+"""Files that number tokens."""
 NUMBERED = "_token_id"
-"""How fields of config.json and generation_config.json end that hold one token or a list of them."""
+"""How the fields of these end that hold one token or a list of them."""
+TABLES = ("model.embed_tokens.weight", "lm_head.weight", "embeddings.word_embeddings.weight")
+"""Tensors with a row for every token, of encoders behind the name of their family."""
+UNREAD = ("position_ids", "cls.", "lm_head.")
+"""What encoders' checkpoints have beside the encoder: places in the order of their numbers, and heads of a training."""
 
 
 def trim_checkpoint(source: Path, out: Path, size: int, texts: Sequence[Path] = ()) -> dict[str, Any]:
@@ -30,45 +35,60 @@ def trim_checkpoint(source: Path, out: Path, size: int, texts: Sequence[Path] = 
     Raises ConfigError when the tokenizer is of a kind that cannot be trimmed, or when `size` fits nothing.
     """
     refuse_existing(out)
-    folder = read_folder(source)
+    checkpoint, names = _opened(source)
     vocabulary = Vocabulary.read(source / TOKENIZER)
-    settings = _settings(source, folder)
-    needed = sorted({token for fields in settings.values() for token in _tokens(fields)})
-    names = set(vocabulary.ids.values())
-    if missing := [token for token in needed if token not in names]:
-        raise ConfigError(f"{source} names token {missing[0]}, which {TOKENIZER} lacks; take both from the same export")
-    kept = vocabulary.choose(size, needed, _paragraphs(texts))
+    settings = {name: read_config(source / name) for name in NUMBERING if (source / name).is_file()}
+    kept = vocabulary.choose(size, _needed(settings, vocabulary), _paragraphs(texts))
     rows = [vocabulary.ids[token] for token in kept]
-    if max(rows) >= folder.architecture.vocab_size:
-        raise ConfigError(
-            f"{TOKENIZER} has more tokens than the model's {folder.architecture.vocab_size}; fix config.json"
-        )
+    rows_before = checkpoint.architecture.vocab_size
+    if max(rows) >= rows_before:
+        raise ConfigError(f"{TOKENIZER} has more tokens than the model's {rows_before}; take both from the same export")
     numbers = {row: number for number, row in enumerate(rows)}
-    files = {TOKENIZER: vocabulary.trimmed(kept)} | {
-        name: _renumbered(fields, numbers) for name, fields in settings.items() if name != "config.json"
-    }
-    config = {**_renumbered(settings["config.json"], numbers), "vocab_size": len(kept)}
-    tensors = {name: values[rows] if name in TABLES else values for name, values in folder.tensors.items()}
-    write_folder(source, out, config, tensors, {name: _as_text(fields) for name, fields in files.items()})
+    _check_positions(checkpoint, numbers)
+    changed = {name: _renumbered(fields, numbers) for name, fields in settings.items()}
+    config = {**changed.pop(CONFIG), "vocab_size": len(kept)}
+    changed[TOKENIZER] = vocabulary.trimmed(kept)
+    tensors = {name: checkpoint.tensor(name, checkpoint.shape(name)) for name in names}
+    parameters = sum(values.size for values in tensors.values())
+    tensors |= {name: values[rows] for name, values in tensors.items() if name.endswith(TABLES)}
+    write_folder(source, out, config, tensors, {name: _as_text(fields) for name, fields in changed.items()})
     return {
-        "tokens_before": folder.architecture.vocab_size, "tokens": len(kept),
-        "parameters_before": _count(folder.tensors), "parameters": _count(tensors),
+        "tokens_before": rows_before, "tokens": len(kept),
+        "parameters_before": parameters, "parameters": sum(values.size for values in tensors.values()),
         **_lengths(texts, source, out),
     }  # fmt: skip
 
 
-def _settings(source: Path, folder: Folder) -> dict[str, dict[str, Any]]:
-    """The files of a checkpoint that number tokens, by name."""
-    beside = ("generation_config.json", "tokenizer_config.json")
-    found = {name: read_config(source / name) for name in beside if (source / name).is_file()}
-    return {"config.json": folder.config, **found}
+def _opened(source: Path) -> tuple[Checkpoint | EncoderCheckpoint, list[str]]:
+    """The checkpoint, and the names of the tensors to take over."""
+    if not is_encoder(source):
+        decoder = Checkpoint(source)
+        return decoder, sorted(decoder.names)
+    encoder = EncoderCheckpoint(source)
+    return encoder, sorted(name for name in encoder.names if not any(part in name for part in UNREAD))
+
+
+def _check_positions(checkpoint: Checkpoint | EncoderCheckpoint, numbers: Mapping[int, int]) -> None:
+    """RoBERTa's positions begin behind the padding's number, which must stay. Raises ConfigError."""
+    if isinstance(checkpoint, EncoderCheckpoint) and (first := checkpoint.architecture.first_position):
+        padding = first - 1
+        if numbers.get(padding) != padding:
+            raise ConfigError(f"positions count from token {padding}, the padding, which would move; {REMEDY}")
+
+
+def _needed(settings: Mapping[str, Mapping[str, Any]], vocabulary: Vocabulary) -> list[int]:
+    """All tokens that the files number. Raises ConfigError when the tokenizer lacks one."""
+    needed = sorted({token for fields in settings.values() for token in _tokens(fields)})
+    known = set(vocabulary.ids.values())
+    if missing := [token for token in needed if token not in known]:
+        raise ConfigError(f"token {missing[0]} of the settings is not in {TOKENIZER}; take both from the same export")
+    return needed
 
 
 def _tokens(fields: Mapping[str, Any]) -> Iterator[int]:
-    """All tokens that a file numbers."""
     for name, value in fields.items():
-        if name.endswith(NUMBERED):
-            yield from value if isinstance(value, list) else [] if value is None else [value]
+        if name.endswith(NUMBERED) and value is not None:
+            yield from value if isinstance(value, list) else [value]
     yield from (int(number) for number in fields.get("added_tokens_decoder") or {})
 
 
@@ -76,18 +96,12 @@ def _renumbered(fields: Mapping[str, Any], numbers: Mapping[int, int]) -> dict[s
     """A file with the new numbers."""
 
     def renumber(value: Any) -> Any:
-        return (
-            [numbers[token] for token in value]
-            if isinstance(value, list)
-            else None
-            if value is None
-            else numbers[value]
-        )
+        return [numbers[token] for token in value] if isinstance(value, list) else numbers[value]
 
-    changed = {name: renumber(value) for name, value in fields.items() if name.endswith(NUMBERED)}
-    if "added_tokens_decoder" in fields:
-        entries = fields["added_tokens_decoder"].items()
-        changed["added_tokens_decoder"] = {str(numbers[int(number)]): entry for number, entry in entries}
+    numbered = {name: value for name, value in fields.items() if name.endswith(NUMBERED) and value is not None}
+    changed = {name: renumber(value) for name, value in numbered.items()}
+    if added := fields.get("added_tokens_decoder"):
+        changed["added_tokens_decoder"] = {str(numbers[int(number)]): entry for number, entry in added.items()}
     return {**fields, **changed}
 
 
@@ -107,14 +121,10 @@ def _lengths(texts: Sequence[Path], source: Path, out: Path) -> dict[str, int]:
         return {}
 
     def length(folder: Path) -> int:
-        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+        tokenizer = open_tokenizer(folder / TOKENIZER)
         return sum(len(tokenizer.encode(text, add_special_tokens=False).ids) for text in _paragraphs(texts))
 
     return {"text_tokens_before": length(source), "text_tokens": length(out)}
-
-
-def _count(tensors: Mapping[str, Float]) -> int:
-    return sum(values.size for values in tensors.values())
 
 
 def _as_text(fields: Mapping[str, Any]) -> str:

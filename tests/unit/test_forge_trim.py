@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -22,14 +23,17 @@ from cli.main import main
 from codec.versions import read_version
 from forge.build import build_version
 from forge.checkpoint import Checkpoint
+from forge.encoder_checkpoint import EncoderCheckpoint
+from forge.encoder_reference import checkpoint_encoder
 from forge.evaluate import read_windows
-from forge.merges import closure, grow
 from forge.reference import checkpoint_judge
+from forge.spelling import BYTE_TOKENS, Parts, closure, grow, spelling_of
 from forge.trim import trim_checkpoint
-from forge.vocabulary import BYTE_TOKENS, Vocabulary
+from forge.vocabulary import Vocabulary
 from wire.errors import ConfigError
 
 WINDOWS = PROJECT / "samples" / "eval" / "tales-5m-base.json"
+BERT = PROJECT / "tests" / "fixtures" / "parity" / "tiny-bert"
 ENGLISH = "It was late in the evening, and the old man had seen nothing of the boat. "
 
 
@@ -63,13 +67,36 @@ def llama_tokenizer() -> dict[str, Any]:
 
 
 @cache
-def opened(kind: str) -> tuple[Vocabulary, Tokenizer, dict[str, tuple[str, str]]]:
-    fields = json.loads(TOKENIZER.read_text()) if kind == "byte-level" else llama_tokenizer()
-    vocabulary = Vocabulary(Path(kind), fields, Tokenizer.from_str(json.dumps(fields)))
-    return vocabulary, vocabulary.tokenizer, vocabulary.merges.parts(vocabulary.ids)
+def bert_tokenizer() -> dict[str, Any]:
+    """WordPiece with a word that its single characters do not spell, padded and cut as sentence-transformers has it."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106  it is a word
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=900, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([some_text()], trainer)
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.enable_padding(length=64, pad_token="[PAD]")  # noqa: S106  as above
+    tokenizer.enable_truncation(64)
+    found: dict[str, Any] = json.loads(tokenizer.to_str())
+    vocabulary = found["model"]["vocab"]
+    letters = {letter for letter in (*some_text().lower(), "é") if f"##{letter}" not in vocabulary}
+    for token in (*sorted(f"##{letter}" for letter in letters if letter in vocabulary), "é", "née"):
+        vocabulary[token] = len(vocabulary)
+    return found
 
 
-KINDS = pytest.mark.parametrize("kind", ["byte-level", "byte fallback"])
+@cache
+def opened(kind: str) -> tuple[Vocabulary, Tokenizer, Parts]:
+    fields = {"byte-level": lambda: json.loads(TOKENIZER.read_text()), "byte fallback": llama_tokenizer,
+              "word pieces": bert_tokenizer}[kind]()  # fmt: skip
+    vocabulary = Vocabulary(fields, unpadded(fields), spelling_of(fields))
+    return vocabulary, vocabulary.tokenizer, vocabulary.spelling.parts()
+
+
+KINDS = pytest.mark.parametrize("kind", ["byte-level", "byte fallback", "word pieces"])
 texts = st.one_of(
     st.text(max_size=40),
     st.lists(st.sampled_from(some_text().split(" ")), max_size=12).map(" ".join),
@@ -82,7 +109,14 @@ def trimmed(kind: str, first: list[str], size: int, seed: int) -> Tokenizer:
     others = sorted(vocabulary.ids)
     random.Random(seed).shuffle(others)
     kept = grow(vocabulary.core([]), [*first, *others], parts, size)
-    return Tokenizer.from_str(json.dumps(vocabulary.trimmed(sorted(kept, key=vocabulary.ids.__getitem__))))
+    return unpadded(vocabulary.trimmed(sorted(kept, key=vocabulary.ids.__getitem__)))
+
+
+def unpadded(fields: dict[str, Any]) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(json.dumps(fields))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 @KINDS
@@ -106,14 +140,29 @@ def test_text_that_needs_kept_tokens_alone_is_told_in_them(kind: str, text: str,
     assert trimmed(kind, tokens, len(needed) + more, seed).encode(text).tokens == tokens
 
 
-@KINDS
-def test_most_tokens_of_both_kinds_are_made_by_pairs(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["byte-level", "byte fallback"])
+def test_most_tokens_of_byte_pairs_are_made_of_two_others(kind: str) -> None:
     vocabulary, whole, parts = opened(kind)
     assert len(parts) > 0.5 * len(vocabulary.ids)
-    for token, (first, second) in parts.items():
-        assert first + second == token
-    assert set(vocabulary.bytes) <= set(vocabulary.ids)
-    assert whole.encode("ߦ").tokens[-1] in vocabulary.bytes
+    for token, pair in parts.items():
+        assert "".join(pair) == token
+    assert whole.encode("ߦ").tokens[-1] in vocabulary.spelling.always()
+
+
+@given(text=texts, size=st.integers(100, 900), seed=st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_word_that_had_pieces_has_pieces(text: str, size: int, seed: int) -> None:
+    small, whole = trimmed("word pieces", [], size, seed), opened("word pieces")[1]
+    assert small.encode(f"née {text}").tokens.count("[UNK]") == whole.encode(f"née {text}").tokens.count("[UNK]")
+
+
+def test_padding_and_ends_of_word_pieces_are_numbered_anew() -> None:
+    vocabulary, _, _ = opened("word pieces")
+    kept = [token for token in vocabulary.ids if token not in ("[UNK]", "[PAD]")]
+    fields = vocabulary.trimmed([*kept, "[UNK]", "[PAD]"])
+    assert fields["padding"]["pad_id"] == len(kept) + 1
+    assert Tokenizer.from_str(json.dumps(fields)).encode("a").ids[-1] == len(kept) + 1
+    assert fields["post_processor"]["special_tokens"]["[CLS]"]["ids"] == [0]
 
 
 @pytest.fixture
@@ -194,17 +243,21 @@ def test_trimmed_checkpoint_is_built_by_commands(
     assert read_version(tmp_path / "version").config.vocab_size == 500
 
 
+UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["<|endoftext|>", 0.0], ["a", -1.0]]}
+
+
 def rewritten(source: Path, **model: Any) -> None:
     fields = json.loads(TOKENIZER.read_text())
     outer = {name: model.pop(name) for name in ("pre_tokenizer", "post_processor") if name in model}
-    (source / "tokenizer.json").write_text(json.dumps({**fields, **outer, "model": {**fields["model"], **model}}))
+    whole = UNIGRAM if model.get("type") == "Unigram" else {**fields["model"], **model}
+    (source / "tokenizer.json").write_text(json.dumps({**fields, **outer, "model": whole}))
 
 
 @pytest.mark.parametrize(
     ("change", "size", "said"),
     [
-        ({"type": "Unigram"}, 400, "only vocabularies of byte-pair encoding are trimmed, this is Unigram"),
-        ({"end_of_word_suffix": "</w>"}, 400, "with end_of_word_suffix is not trimmed"),
+        ({"type": "Unigram"}, 400, "kinds BPE and WordPiece are trimmed, this is Unigram"),
+        ({"end_of_word_suffix": "</w>"}, 400, "BPE with end_of_word_suffix is not trimmed"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, 400, "for characters, not for bytes"),
         ({"byte_fallback": True}, 400, "no token for every byte"),
         ({"post_processor": {"type": "Odd"}}, 400, "export the fast tokenizer anew"),
@@ -224,3 +277,26 @@ def test_what_cannot_be_trimmed_is_refused_with_the_remedy(
 def test_file_that_is_no_text_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give another file"):
         trim_checkpoint(source, tmp_path / "out", 400, [source / "model.safetensors"])
+
+
+def test_encoder_answers_texts_of_kept_tokens_as_before(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(ENGLISH)
+    figures = trim_checkpoint(BERT, tmp_path / "out", 300, [text])
+    assert figures["text_tokens"] == figures["text_tokens_before"]
+    embeddings = []
+    for name, folder in (("a", BERT), ("b", tmp_path / "out")):
+        (tmp_path / name).mkdir()
+        ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(ENGLISH).ids
+        embeddings.append(checkpoint_encoder(EncoderCheckpoint(folder), tmp_path / name).embed([ids]))
+    np.testing.assert_allclose(*embeddings, atol=1e-6)
+    document = build_version(tmp_path / "out", tmp_path / "version", ("tiny", "1"))
+    assert document.config.vocab_size == 300
+
+
+def test_padding_that_positions_count_from_must_not_move(tmp_path: Path) -> None:
+    folder = shutil.copytree(BERT, tmp_path / "source")
+    odd = {"architectures": ["RobertaModel"], "pad_token_id": 350, "max_position_embeddings": 400}
+    (folder / "config.json").write_text(json.dumps(json.loads((BERT / "config.json").read_text()) | odd))
+    with pytest.raises(ConfigError, match="positions count from token 350"):
+        trim_checkpoint(folder, tmp_path / "out", 300)

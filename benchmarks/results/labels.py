@@ -58,6 +58,10 @@ class Label:
     box: Box
     led: bool
 
+    def lead(self, point: Point) -> list[Point]:
+        """Places of the line from its point, if there is one."""
+        return between(point, self.box.nearest(point)) if self.led else []
+
 
 @dataclass(slots=True)
 class Sheet:
@@ -66,27 +70,41 @@ class Sheet:
     inside: Box
     points: Sequence[Point]
     radius: float
-    drawn: list[Point] = field(default_factory=list)
+    drawn: Sequence[Point] = ()
     labels: list[Box] = field(default_factory=list)
+    leads: list[Point] = field(default_factory=list)
+    """Places of the lines that lead to labels."""
 
     def place(self, number: int, size: Point) -> Label:
-        """Take the nearest place for the label, (width, height), of point `number`. Raises ConfigError when all is
-        full."""
-        discs = [_disc(point, self.radius) for point in self.points]
-        for box, led in _candidates(self.points[number], size, self.radius):
-            line = between(self.points[number], box.nearest(self.points[number])) if led else []
-            crossed = [*self.labels, *discs[:number], *discs[number + 1 :]]
-            if (
-                self.inside.left <= box.left and box.right <= self.inside.right
-                and self.inside.bottom <= box.bottom and box.top <= self.inside.top
-                and not any(box.overlaps(other) for other in (*self.labels, *discs))
-                and not any(box.holds(place) for place in self.drawn)
-                and not any(other.holds(place) for other in crossed for place in line)
-            ):  # fmt: skip
-                self.labels.append(box)
-                self.drawn += line
-                return Label(box, led)
-        raise ConfigError(f"a label beside {self.points[number]} finds no place; make the picture larger")
+        """Take the nearest place for the label, (width, height), of point `number`; in a crowd where no such place is
+        left, one whose line crosses something. Raises ConfigError when all is full."""
+        point = self.points[number]
+        discs = [_disc(other, self.radius) for other in self.points]
+        others = [disc for disc in discs if not disc.holds(point)]
+        chosen = None
+        for label in _candidates(point, size, self.radius):
+            if self._is_free(label.box, discs):
+                chosen = chosen or label
+                if self._is_clear(label, point, others):
+                    chosen = label
+                    break
+        if chosen is None:
+            raise ConfigError(f"a label beside {point} finds no place; make the picture larger")
+        self.labels.append(chosen.box)
+        self.leads += chosen.lead(point)
+        return chosen
+
+    def _is_free(self, box: Box, discs: Sequence[Box]) -> bool:
+        return (
+            self.inside.left <= box.left and box.right <= self.inside.right
+            and self.inside.bottom <= box.bottom and box.top <= self.inside.top
+            and not any(box.overlaps(other) for other in (*self.labels, *discs))
+            and not any(box.holds(place) for place in self.drawn)
+        )  # fmt: skip
+
+    def _is_clear(self, label: Label, point: Point, discs: Sequence[Box]) -> bool:
+        crossed = any(other.holds(place) for other in (*self.labels, *discs) for place in label.lead(point))
+        return not crossed and not any(label.box.holds(place) for place in self.leads)
 
     def place_all(self, sizes: Sequence[Point]) -> list[Label]:
         """A place for every point's label, in the points' order."""
@@ -132,7 +150,7 @@ def _disc(point: Point, radius: float) -> Box:
     return Box(point[0] - radius, point[1] - radius, point[0] + radius, point[1] + radius)
 
 
-def _candidates(point: Point, size: Point, radius: float) -> Iterator[tuple[Box, bool]]:
+def _candidates(point: Point, size: Point, radius: float) -> Iterator[Label]:
     """Places from near to far, to the right first."""
     (x, y), (width, height) = point, size
     for reach in REACHES:
@@ -141,4 +159,4 @@ def _candidates(point: Point, size: Point, radius: float) -> Iterator[tuple[Box,
             across, up = math.cos(angle), math.sin(angle)
             left = x + across * (radius + GAP + reach + width / 2) - width / 2
             bottom = y + up * (radius + GAP + reach + height / 2) - height / 2
-            yield Box(left, bottom, left + width, bottom + height), reach > LED
+            yield Label(Box(left, bottom, left + width, bottom + height), reach > LED)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -92,7 +92,9 @@ def test_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
         assert (point in marked) != beaten
 
 
-@given(st.lists(st.tuples(st.integers(100, 900), st.integers(100, 600)), min_size=1, max_size=12))
+@given(st.lists(st.tuples(st.integers(100, 900), st.integers(100, 600)), min_size=1, max_size=10))
+@example([(100, 100)] * 5)
+@settings(max_examples=25, deadline=None)
 def test_labels_cover_neither_points_nor_lines_nor_each_other(points: list[tuple[int, int]]) -> None:
     line = between((0, 350), (1000, 350))
     sheet = Sheet(Box(0, 0, 1000, 700), points, 8, list(line))

@@ -22,6 +22,7 @@ from wire.errors import AmperageError, ArtifactError, Code, DeployError
 from wire.manifest import Manifest
 from wire.messages import State
 from wire.release import Release
+from wire.serving import MODEL_SESSIONS
 
 log = structlog.get_logger()
 
@@ -99,7 +100,7 @@ class Admitting(Stage):
             return
         manifest = parse_document(Manifest, payload, code=Code.BAD_MANIFEST)
         check_manifest(manifest, self._release, self._choice)
-        sessions = 0 if self.ports.settings.disk == "small" else self.ports.machine.model_sessions()
+        sessions = 0 if self.ports.settings.disk == "small" else MODEL_SESSIONS
         check_room(manifest, self._fitness(), self.ports.settings.disk_reserve_bytes, sessions)
         self.ports.store.stage_manifest(digest, payload)
         data = {"frames": manifest.frame_count, "wire_bytes": manifest.pack_size_bytes, "delta": bool(manifest.base)}

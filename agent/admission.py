@@ -11,7 +11,7 @@ from wire.documents import parse_document
 from wire.errors import ArtifactError, Code, DeployError
 from wire.manifest import Manifest, Requirements
 from wire.release import ArtifactRef, Release, Variant
-from wire.serving import PREPACK_FACTOR
+from wire.serving import prepack_factor
 from wire.signing import Role
 
 
@@ -78,7 +78,7 @@ def check_room(manifest: Manifest, node: Fitness, reserve_bytes: int, prepack_se
     Disk for its pack, its files, and the packed weights of `prepack_sessions` sessions, 0 where none are kept.
     """
     decoded_bytes = sum(entry.size_bytes for entry in manifest.version.files)
-    prepack_bytes = round(PREPACK_FACTOR * decoded_bytes * prepack_sessions)
+    prepack_bytes = round(prepack_factor(prepack_sessions) * decoded_bytes)
     version_bytes = max(decoded_bytes, manifest.requirements.disk_bytes)
     needed = manifest.pack_size_bytes + version_bytes + prepack_bytes + reserve_bytes
     if node.disk_free_bytes < needed:

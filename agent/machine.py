@@ -4,9 +4,8 @@ Read anew at every call, nothing is kept but the previous CPU counters. `root` i
 """
 
 import os
-import platform
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from host import files
@@ -29,7 +28,6 @@ class Machine:
     """Readings of one machine; `root` holds proc/ and sys/."""
 
     root: Path = Path("/")
-    machine: str = field(default_factory=platform.machine)
 
     def cpu_times(self) -> CpuTimes | None:
         """First line of /proc/stat; idle and iowait are not busy, guest time is in user time already."""
@@ -39,10 +37,6 @@ class Machine:
         ticks = [int(value) for value in line[1:9]]
         total = sum(ticks)
         return CpuTimes(total - ticks[3] - ticks[4], total)
-
-    def model_sessions(self) -> int:
-        """Most sessions that a model has here, each with packed weights of its own (docs/adr/0009)."""
-        return 2 if self.machine == "x86_64" else 1
 
     def cores(self) -> int:
         """Processors that are online."""

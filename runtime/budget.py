@@ -18,7 +18,7 @@ from wire.manifest import DecoderConfig
 
 HEAP_BYTES_PER_WEIGHT_BYTE = 1.5
 """What a session takes for its packed weights and its steps; 1.35 was measured for a 135 M model, and 0.8 for a second
-session beside it."""
+session beside it, 1.46 for one with 8-bit matrices."""
 MAPPED_HEAP_BYTES_PER_WEIGHT_BYTE = 0.3
 """The same where the packed weights are mapped from the prepack cache: 0.25."""
 SHARE = 0.5

@@ -28,8 +28,9 @@ from wire.manifest import VersionDocument
 from wire.serving import ExecutionOptions, ProbeReport, ProbeVerdict
 
 GIB = 1 << 30
-PACKING_FACTOR = 8
-"""Address space per byte of weights: the map, the packed copy, its making, and the arena's doubling, twice over."""
+PACKING_FACTOR = 12
+"""Address space per byte of weights: the map, 8-bit weights, the packed copy, its making, and the arena's doubling,
+twice over."""
 THREAD_BYTES = 16 << 20
 TUNING_S = 60.0
 USED_SHARE = 0.5
@@ -115,8 +116,8 @@ def _probe(orders: Orders) -> ProbeReport:
     tuner.attempt_fewer_threads()
     if tuner.best.options.threads > 1:
         tuner.attempt(SPINNING)
-    for way in tuner.best.reading_ways(apart=orders.reading_session):
-        tuner.attempt(way)
+    for ways in tuner.best.reading_ways(apart=orders.reading_session):
+        any(tuner.attempt(way) for way in ways)
     kept = _packed(orders, tuner)
     incumbent = _incumbent(orders, tuner.best.options)
     speeds = in_turns([tuner.best, *([incumbent] if incumbent else [])], Figure.DECODE)

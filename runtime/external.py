@@ -5,13 +5,12 @@ that is checked here before onnxruntime opens anything. Invariant: every place o
 walked (onnx/onnx.proto, IR version 10); bytes that are not protobuf raise ArtifactError.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
+from runtime.protobuf import parts
 from wire.errors import ArtifactError, Code
 
 DEPTH_LIMIT = 64
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 _CHILDREN: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
@@ -44,7 +43,7 @@ def external_locations(graph: bytes) -> set[str]:
         kind, data, depth = pending.pop()
         if depth > DEPTH_LIMIT:
             raise ArtifactError(Code.CORRUPT, f"graph is nested deeper than {DEPTH_LIMIT}; build the version again")
-        for number, value in _fields(data):
+        for number, value in parts(data):
             child = _CHILDREN[kind].get(number)
             if child == "entry":
                 locations |= _location(value)
@@ -54,43 +53,5 @@ def external_locations(graph: bytes) -> set[str]:
 
 
 def _location(entry: memoryview) -> set[str]:
-    fields = {number: bytes(value) for number, value in _fields(entry)}
-    return {fields.get(2, b"").decode(errors="replace")} if fields.get(1) == b"location" else set()
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """(number, bytes) of the length-delimited fields of one message; numbers are passed over."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        number, form = key >> 3, key & 7
-        if form == _BYTES:
-            size, at = _varint(data, at)
-            if at + size > len(data):
-                raise _not_protobuf()
-            yield number, data[at : at + size]
-            at += size
-        elif form == _VARINT:
-            _, at = _varint(data, at)
-        elif form in (_FIXED64, _FIXED32):
-            at += 8 if form == _FIXED64 else 4
-        else:
-            raise _not_protobuf()
-    if at != len(data):
-        raise _not_protobuf()
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while at < len(data) and shift < 70:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-    raise _not_protobuf()
-
-
-def _not_protobuf() -> ArtifactError:
-    return ArtifactError(Code.CORRUPT, "graph is not an ONNX model; fetch the version again, or build it again")
+    found = {number: bytes(value) for number, value in parts(entry)}
+    return {found.get(2, b"").decode(errors="replace")} if found.get(1) == b"location" else set()

@@ -26,7 +26,7 @@ from runtime.version import GRAPH_LIMIT_BYTES, check_file
 from wire.digest import Digest, digest_of
 from wire.documents import Command, SchemaOne, encode_document, parse_document
 from wire.errors import AmperageError, ArtifactError, Code, StoreError
-from wire.serving import PREPACK_FACTOR, ExecutionOptions, Serving, ServingModel
+from wire.serving import ExecutionOptions, IntegerReading, Serving, ServingModel, prepack_factor
 
 DOCUMENT_FILE = "prepack.json"
 DOCUMENT_LIMIT_BYTES = 64 * 1024
@@ -52,6 +52,7 @@ class PrepackKey(Command):
     provider: str
     session_config: dict[str, str]
     reading_config: dict[str, str] | None
+    integer_reading: IntegerReading | None
 
     @classmethod
     def of(cls, decoded: str, cpu: str, onnxruntime: str, options: ExecutionOptions) -> "PrepackKey":
@@ -59,6 +60,7 @@ class PrepackKey(Command):
         return cls(
             decoded=decoded, cpu=cpu, onnxruntime=onnxruntime, provider=options.provider,
             session_config=options.session_config, reading_config=options.reading_config,
+            integer_reading=options.integer_reading,
         )  # fmt: skip
 
 
@@ -231,7 +233,7 @@ class PrepackCache:
     def _write(
         self, key: PrepackKey, version: Path, options: ExecutionOptions, weights_bytes: int, into: Path
     ) -> PrepackDocument:
-        needed = round(PREPACK_FACTOR * weights_bytes * len(_pairs(key))) + RESERVE_BYTES
+        needed = round(prepack_factor(len(_pairs(key))) * weights_bytes) + RESERVE_BYTES
         free = files.free_bytes(self.home)
         if free < needed:
             raise StoreError(Code.NO_SPACE, f"{self.home} has {free} bytes free, packed weights need {needed}")

@@ -10,15 +10,18 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: the wheel phones home by default
 
+import numpy as np
 import onnxruntime as ort
 
+from runtime.integer_graph import Derived, integer_graph
 from runtime.providers import CPU, library_devices, missing
-from runtime.version import GRAPH_FILE
+from runtime.version import GRAPH_FILE, WEIGHTS_FILE
 from wire.errors import Code, DeployError
 from wire.serving import ExecutionOptions
 
@@ -29,6 +32,8 @@ SPIN_DURATION_US = 200
 
 NO_FLASH_VARIABLE = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _environment = threading.Lock()
+WEIGHTS_PLACE = "session.model_external_initializers_file_folder_path"
+"""Setting that names the directory of the weights where a graph comes as bytes."""
 
 DECODING, READING = "decode", "read"
 """Names of a model's sessions."""
@@ -38,16 +43,17 @@ def open_sessions(version: Path, options: ExecutionOptions, packed: Path | None 
     """The sessions of a model by name: the one that decodes, and the one that reads prompts when it has one.
 
     They are over the graph of the directory `version`, or over those that `save_sessions` left in `packed`.
-    Raises DeployError(load_failed).
+    Raises DeployError(load_failed), ArtifactError(corrupt).
     """
-    return {
-        name: _open(packed / packed_files(name)[0] if packed else version / GRAPH_FILE, options, config)
-        for name, config in _configs(options).items()
-    }
+    sessions = {}
+    for name, config in _configs(options).items():
+        graph = _Graph(packed / packed_files(name)[0]) if packed else _graph(version, name, options)
+        sessions[name] = _open(graph, options, config)
+    return sessions
 
 
 def save_sessions(version: Path, options: ExecutionOptions, into: Path) -> None:
-    """Write the `packed_files` of every session of a model. Raises DeployError(load_failed).
+    """Write the `packed_files` of every session of a model. Raises DeployError(load_failed), ArtifactError(corrupt).
 
     The graph is as it was optimised for this CPU; the weights are as they were, and once more as the kernels want them.
     """
@@ -57,7 +63,7 @@ def save_sessions(version: Path, options: ExecutionOptions, into: Path) -> None:
             "session.save_external_prepacked_constant_initializers": "1",
             "session.optimized_model_external_initializers_file_name": weights,
         }
-        _open(version / GRAPH_FILE, options, config | entries, into / graph)
+        _open(_graph(version, name, options), options, config | entries, into / graph)
 
 
 def packed_files(name: str) -> tuple[str, str]:
@@ -72,7 +78,24 @@ def _configs(options: ExecutionOptions) -> dict[str, dict[str, str]]:
     return configs
 
 
-def _open(graph: Path, options: ExecutionOptions, config: Mapping[str, str], save_as: Path | None = None) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """What a session is made of: a file, or with `derived` the bytes of a graph over the weights beside that file."""
+
+    path: Path
+    derived: Derived | None = None
+
+
+def _graph(version: Path, name: str, options: ExecutionOptions) -> _Graph:
+    """The graph of a version, or what is derived of it for the session `name`. Raises ArtifactError(corrupt)."""
+    path = version / GRAPH_FILE
+    if name != READING or options.integer_reading is None:
+        return _Graph(path)
+    weights = np.memmap(version / WEIGHTS_FILE, np.uint8, "r")
+    return _Graph(path, integer_graph(path.read_bytes(), weights, options.integer_reading))
+
+
+def _open(graph: _Graph, options: ExecutionOptions, config: Mapping[str, str], save_as: Path | None = None) -> Any:
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1
@@ -93,11 +116,17 @@ def _open(graph: Path, options: ExecutionOptions, config: Mapping[str, str], sav
     named = {} if options.library else {"providers": list(dict.fromkeys((options.provider, CPU)))}
     if options.library:
         settings.add_provider_for_devices(list(library_devices(options.library)), {})
+    model: str | bytes = str(graph.path)
+    if graph.derived is not None:
+        model = graph.derived.model
+        values = [ort.OrtValue.ortvalue_from_numpy(tensor) for tensor in graph.derived.tensors.values()]
+        settings.add_external_initializers(list(graph.derived.tensors), values)
+        settings.add_session_config_entry(WEIGHTS_PLACE, str(graph.path.parent))
     with _attention(flash=options.flash_attention):
         try:
-            return ort.InferenceSession(str(graph), settings, **named)
+            return ort.InferenceSession(model, settings, **named)
         except Exception as error:
-            raise DeployError(Code.LOAD_FAILED, f"onnxruntime refuses {graph}: {str(error)[:500]}") from error
+            raise DeployError(Code.LOAD_FAILED, f"onnxruntime refuses {graph.path}: {str(error)[:500]}") from error
 
 
 @contextmanager

@@ -23,8 +23,8 @@ class RuntimeSettings(Settings):
     """Cores of each replica of a model, as lists like "0-39"; "numa" is one per NUMA node; empty is one replica on all.
     Slots and queue are per replica, threads and memory are shared out."""
     reading_session: bool = True
-    """Whether the probe may choose a second session that reads prompts faster (x86 only, 1.4 times) and packs the
-    weights once more; false where memory is short."""
+    """Whether the probe may choose a second session that reads prompts faster (1.4 to 1.8 times) and has the weights
+    once more; false where memory is short."""
     providers: Annotated[tuple[str, ...] | None, Field(strict=False)] = None
     """Execution providers beside the CPU's that a probe tries, by their names in onnxruntime; absent: all it has."""
     provider_libraries: dict[str, FilePath] = {}

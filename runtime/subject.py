@@ -11,7 +11,7 @@ from runtime.golden import Judgement, judge_encoder, judge_model, read_embedding
 from runtime.model import PREFILL_TOKENS, WIDE_TOKENS, Model
 from runtime.slab import Shape
 from runtime.text import Text
-from runtime.ways import FLOAT_ACTIVATIONS, READING_SESSION, WHOLE_ATTENTION, Way
+from runtime.ways import FLOAT_ACTIVATIONS, INTEGER_READING, READING_SESSION, WHOLE_ATTENTION, Way
 from wire.errors import Code, DeployError
 from wire.golden import EmbeddingSet, GoldenSet
 from wire.manifest import DecoderConfig, EncoderConfig, VersionDocument
@@ -38,8 +38,9 @@ class Subject(Protocol):
     def read_tokens_per_s(self) -> float:
         """The speed of reading a long prompt."""
 
-    def reading_ways(self, *, apart: bool) -> list[Way]:
-        """Other ways to read prompts that are worth a trial; `apart`: by a session of their own, too."""
+    def reading_ways(self, *, apart: bool) -> list[tuple[Way, ...]]:
+        """Other ways to read prompts that are worth a trial, of each group the first that is better; `apart`: by a
+        session of their own, too."""
 
     def again(self, options: ExecutionOptions, packed: Path | None = None) -> Self:
         """The same version, loaded once more, over the graph that a prepack cache has in `packed` when given."""
@@ -90,11 +91,13 @@ class DecoderSubject:
             self.model.prefill(0, prompt[start : start + PREFILL_TOKENS], start)
         return count / (time.perf_counter() - began_s)
 
-    def reading_ways(self, *, apart: bool) -> list[Way]:
-        """With the other attention, and by a session with other kernels where this CPU has such."""
-        apart = apart and self.model.shape.capacity > WIDE_TOKENS and platform.machine() == "x86_64"
+    def reading_ways(self, *, apart: bool) -> list[tuple[Way, ...]]:
+        """With the other attention, and by a session with other kernels or matrices where that may be right."""
         reads_so = FLOAT_ACTIVATIONS.items() <= self.options.session_config.items()
-        return [WHOLE_ATTENTION, *([READING_SESSION] if apart and not reads_so else [])]
+        if not apart or reads_so or self.model.shape.capacity <= WIDE_TOKENS:
+            return [(WHOLE_ATTENTION,)]
+        kernels = [(READING_SESSION,)] if platform.machine() == "x86_64" else []
+        return [(WHOLE_ATTENTION,), *kernels, INTEGER_READING]
 
     def again(self, options: ExecutionOptions, packed: Path | None = None) -> Self:
         """Raises DeployError(load_failed)."""
@@ -136,7 +139,7 @@ class EncoderSubject:
         """All that an encoder does is reading."""
         return self.tokens_per_s()
 
-    def reading_ways(self, *, apart: bool) -> list[Way]:
+    def reading_ways(self, *, apart: bool) -> list[tuple[Way, ...]]:
         """None: what `tokens_per_s` chose holds."""
         del apart
         return []

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from runtime.cpu import Cpu
-from wire.serving import ExecutionOptions
+from wire.serving import ExecutionOptions, IntegerReading
 
 PROMPT_SHARE = 0.8
 """Tokens of a typical request that are read; the rest are generated."""
@@ -51,6 +51,11 @@ FLOAT_EVERYWHERE = Way("float activations", Figure.BOTH, config=FLOAT_ACTIVATION
 SPINNING = Way("spinning threads", Figure.DECODE, {"spinning": True})
 WHOLE_ATTENTION = Way("attention by whole matrices", Figure.READ, {"flash_attention": False})
 READING_SESSION = Way("a session that reads", Figure.READ, {"reading_config": FLOAT_ACTIVATIONS})
+INTEGER_READING = tuple(
+    Way(f"a session that reads by integers: {what}", Figure.READ, {"reading_config": {}, "integer_reading": what})
+    for what in IntegerReading
+)
+"""The second rounds less and is for models that the first would hurt."""
 
 
 def kernel_ways(cpu: Cpu) -> list[Way]:

@@ -33,6 +33,7 @@ from wire.serving import ExecutionOptions, Serving, ServingModel
 
 PROJECT = Path(__file__).resolve().parents[1]
 MODEL = "tales"
+ONE_THREAD = ExecutionOptions(threads=1)
 Seen = TypeVar("Seen")
 SLOWNESS = 8.0 if "QEMU_CPU" in os.environ else 1.0
 """What deadlines are multiplied by: on an emulated CPU everything takes ten to sixty times as long."""
@@ -155,6 +156,7 @@ class Node:
     extra: str = ""
     process: subprocess.Popen[bytes] | None = None
     entries: dict[str, ServingModel] = field(default_factory=dict)
+    options: ExecutionOptions = ONE_THREAD
 
     @property
     def store(self) -> Path:
@@ -179,7 +181,7 @@ class Node:
         """Install a version and name it in serving.json, as the agent does."""
         self.entries[name] = ServingModel(
             model=name, release="0" * 64, version=version.document.version, decoded=self.install(version),
-            options=ExecutionOptions(threads=1), cpu="test", onnxruntime="test",
+            options=self.options, cpu="test", onnxruntime="test",
         )  # fmt: skip
         self.write()
 
@@ -234,9 +236,9 @@ class Node:
 
 
 @contextmanager
-def running(home: Path, *versions: Version, extra: str = "") -> Iterator[Node]:
+def running(home: Path, *versions: Version, extra: str = "", options: ExecutionOptions = ONE_THREAD) -> Iterator[Node]:
     """A runtime process that serves the versions, killed at the end."""
-    node = Node(home, extra)
+    node = Node(home, extra, options=options)
     for version in versions:
         node.order(version)
     node.start()

@@ -103,5 +103,5 @@ class Unbatched:
 
     def _read(self, prompt: list[int]) -> Float:
         for start in range(0, len(prompt), PREFILL_TOKENS):
-            row = self.model.prefill(0, prompt[start : start + PREFILL_TOKENS], start, wide=False)
+            row = self.model.prefill(0, prompt[start : start + PREFILL_TOKENS], start)
         return row.copy()

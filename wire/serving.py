@@ -17,6 +17,23 @@ from wire.messages import Counter, Text
 PREPACK_FACTOR = 2.3
 """Bytes of a prepack cache per byte of int4 weights and session: the weights, and once more as kernels want them, with
 sums per block (measured with onnxruntime 1.32: 1.85 to 2.22)."""
+INTEGER_PREPACK_FACTOR = 3.4
+"""Of a session that reads with 8-bit matrices: 2.95 to 3.0, where no head stays as it is 3.3."""
+MODEL_SESSIONS = 2
+"""Most that a model has, each with packed weights of its own: one decodes, one reads prompts."""
+
+
+def prepack_factor(sessions: int) -> float:
+    """Bytes of a prepack cache per byte of weights, at most; of two sessions the second reads."""
+    return 0.0 if sessions == 0 else PREPACK_FACTOR + (sessions - 1) * INTEGER_PREPACK_FACTOR
+
+
+class IntegerReading(StrEnum):
+    """Which matrices a session that reads prompts has as 8-bit integers, with activations that are (docs/adr/0015)."""
+
+    ALL = "all"
+    MLP = "mlp"
+    """Attention's stay as they are."""
 
 
 class ExecutionOptions(Command):
@@ -33,6 +50,8 @@ class ExecutionOptions(Command):
     reading_config: dict[str, str] | None = None
     """Settings of a second session that reads long pieces of prompts, with a packed copy of the weights of its own;
     None: one session does both."""
+    integer_reading: IntegerReading | None = None
+    """The matrices of that session which are 8-bit integers; None: it has those that decode."""
 
 
 class ServingModel(Command):

@@ -14,20 +14,23 @@ from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine_requests import TOLERANCE, load
-from runtime_fixtures import PROJECT, Node, ask, base_version, running, wait_for
+from engine_requests import TOLERANCE
+from runtime_fixtures import ONE_THREAD, PROJECT, Node, ask, base_version, running, wait_for
 from soak import OPTIONS, WAYS, Mix, make_prompts
 from unbatched import Unbatched
 
-from runtime.slab import token_bytes
+from runtime.model import Model
+from runtime.slab import Shape, token_bytes
 from wire.documents import parse_document
-from wire.serving import ModelStats, RuntimeStats
+from wire.serving import ExecutionOptions, IntegerReading, ModelStats, RuntimeStats
 
 pytestmark = pytest.mark.e2e
 CLIENTS, SLOTS, QUEUE, CONTEXT = 8, 3, 4, 1024
 BUDGET_TOKENS, PREFIX_BYTES = 1600, 4 << 20
 """Room for one request of all the context and a little more: requests wait for memory, and prefixes are evicted."""
 SAMPLE_S = 0.5
+READING = ExecutionOptions(threads=1, reading_config={}, integer_reading=IntegerReading.ALL)
+"""With a session that reads, which rounds otherwise than the one that decodes and reads short chunks."""
 GROWTH_LIMIT_BYTES = 6 << 20
 """Of the process after the warm-up: what onnxruntime's arena and the C heap still find to keep. One slot is 6 MiB."""
 
@@ -86,11 +89,19 @@ def check_memory(samples: list[tuple[float, int, int]], until_s: float, seconds:
         assert other - one < GROWTH_LIMIT_BYTES
 
 
-@pytest.mark.parametrize("seconds", [20, pytest.param(600, marks=pytest.mark.full)])
-def test_mix_of_joins_leaves_and_cancels_is_answered_rightly_in_flat_memory(tmp_path: Path, seconds: float) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "options"),
+    [
+        (20, ONE_THREAD), pytest.param(600, ONE_THREAD, marks=pytest.mark.full),
+        pytest.param(300, READING, marks=pytest.mark.full),
+    ],  # fmt: skip
+)
+def test_mix_of_joins_leaves_and_cancels_is_answered_rightly_in_flat_memory(
+    tmp_path: Path, seconds: float, options: ExecutionOptions
+) -> None:
     windows = json.loads((PROJECT / "samples" / "eval" / "tales-5m-base.json").read_text())["tokens"]
     prompts = make_prompts(windows, 24, random.Random(1))
-    with running(tmp_path, base_version(), extra=settings()) as node:
+    with running(tmp_path, base_version(), extra=settings(), options=options) as node:
         mix = Mix(node.public, prompts, CONTEXT, time.monotonic() + seconds)
         samples = soak(node, mix)
         tell(str(dict(sorted(mix.counts.items()))))
@@ -101,14 +112,14 @@ def test_mix_of_joins_leaves_and_cancels_is_answered_rightly_in_flat_memory(tmp_
         assert "step failed" not in node.log()
         assert "Traceback" not in node.log()
         check_memory(samples, mix.until_s, seconds)
-    judge_answers(mix)
+    judge_answers(mix, options)
 
 
-def judge_answers(mix: Mix) -> None:
-    """Every greedy answer, whole or not."""
+def judge_answers(mix: Mix, options: ExecutionOptions) -> None:
+    """Every greedy answer, whole or not, by what the same sessions answer it alone."""
     config = base_version().document.config
     tokenizer = Tokenizer.from_file(str(base_version().directory / "tokenizer.json"))
-    alone, ends = load(1, CONTEXT), frozenset(config.eos_token_ids)
+    alone, ends = Model(base_version().directory, config, Shape(1, CONTEXT), options), frozenset(config.eos_token_ids)
     judge, strict = (Unbatched(alone, tokenizer.decode, ends, tolerance) for tolerance in (TOLERANCE, 0.0))
     began_s = time.monotonic()
     for one in mix.answered:

@@ -30,7 +30,7 @@ from runtime.ways import FLOAT_ACTIVATIONS
 from wire.digest import digest_of
 from wire.documents import encode_document
 from wire.errors import ArtifactError, Code, StoreError
-from wire.serving import PREPACK_FACTOR, ExecutionOptions, Serving, ServingModel
+from wire.serving import ExecutionOptions, IntegerReading, Serving, ServingModel, prepack_factor
 
 CPU = str(detect_cpu())
 OPTIONS = ExecutionOptions(threads=1)
@@ -96,7 +96,7 @@ def test_what_is_kept_is_read_only_described_and_within_what_the_agent_counts(ke
     assert {path.name for path in kept[0].iterdir()} == {DOCUMENT_FILE, *(file.path for file in document.files)}
     assert all(path.stat().st_mode & 0o777 == 0o440 for path in kept[0].iterdir())
     size_bytes = sum(file.size_bytes for file in document.files)
-    assert weights_bytes(VERSION.document) < size_bytes < PREPACK_FACTOR * weights_bytes(VERSION.document)
+    assert weights_bytes(VERSION.document) < size_bytes < prepack_factor(1) * weights_bytes(VERSION.document)
 
 
 def test_cache_that_is_there_and_right_is_not_written_again(cache: PrepackCache, kept: tuple[Path, str]) -> None:
@@ -192,13 +192,17 @@ def test_weights_packed_for_other_kernels_stay_out_of_memory_by_which_a_probe_kn
     model.close()
 
 
-def test_each_session_has_files_of_its_own(cache: PrepackCache) -> None:
-    options = OPTIONS.model_copy(update={"reading_config": FLOAT_ACTIVATIONS})
+@pytest.mark.parametrize(
+    "reading", [{"reading_config": FLOAT_ACTIVATIONS}, {"reading_config": {}, "integer_reading": IntegerReading.ALL}]
+)
+def test_each_session_has_files_of_its_own(cache: PrepackCache, reading: dict[str, object]) -> None:
+    options = OPTIONS.model_copy(update=reading)
     with cache.draft(key(options=options), VERSION.directory, options, weights_bytes(VERSION.document)) as draft:
         draft.commit()
     assert {path.name for path in draft.directory.iterdir()} == {
         DOCUMENT_FILE, "decode.onnx", "decode.bin", "read.onnx", "read.bin",
     }  # fmt: skip
+    assert draft.size_bytes < prepack_factor(2) * weights_bytes(VERSION.document)
     model = Model(VERSION.directory, VERSION.document.config, Shape(1, 256), options, draft.directory)
     heap = Model(VERSION.directory, VERSION.document.config, Shape(1, 256), options)
     for wide in (True, False):

@@ -92,9 +92,10 @@ def check_memory(samples: list[tuple[float, int, int]], until_s: float, seconds:
 @pytest.mark.parametrize(
     ("seconds", "options"),
     [
-        (20, ONE_THREAD), pytest.param(600, ONE_THREAD, marks=pytest.mark.full),
+        (20, ONE_THREAD),
+        pytest.param(600, ONE_THREAD, marks=pytest.mark.full),
         pytest.param(300, READING, marks=pytest.mark.full),
-    ],  # fmt: skip
+    ],
 )
 def test_mix_of_joins_leaves_and_cancels_is_answered_rightly_in_flat_memory(
     tmp_path: Path, seconds: float, options: ExecutionOptions

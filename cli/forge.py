@@ -22,6 +22,7 @@ from forge.evaluate import evaluate_version, read_windows
 from forge.extract import extract_artifact
 from forge.inspect import inspect_artifact
 from forge.picture import draw_layers
+from forge.provenance import read_provenance
 from forge.quantise import Precision
 from forge.release import ReleaseSummary, make_release
 from forge.rounding import Rounding
@@ -92,6 +93,8 @@ def build(
         "model": name, "version": version, "decoded": document.decoded_digest(),
         "parameters": parameters_of(document), "raw_bytes": sum(entry.size_bytes for entry in document.files),
     }  # fmt: skip
+    if (provenance := read_provenance(out)) is not None:
+        figures["least_noticed_damage"] = str(provenance.least_noticed)
     print_figures(figures, as_json, f"{name} {version}")
 
 

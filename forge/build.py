@@ -22,14 +22,14 @@ from forge.checkpoint import Checkpoint
 from forge.decoder_weights import place_weights
 from forge.encoder_checkpoint import EncoderCheckpoint, is_encoder
 from forge.encoder_graph import build_encoder_graph
-from forge.encoder_reference import shipped_encoder, twin_encoder
 from forge.encoder_weights import place_encoder
 from forge.golden import golden_texts, make_embedding_set, make_golden
 from forge.graph import build_graph
 from forge.placer import Placer
 from forge.progress import Progress, silent
+from forge.provenance import LeastNoticed, Provenance, write_provenance
 from forge.quantise import BlockMatrix, Float, Precision
-from forge.reference import MODEL_FILE, shipped_judge, twin_judge
+from forge.reference import MODEL_FILE
 from forge.weights import WEIGHTS_FILE, writing_weights
 from wire.documents import encode_document
 from wire.errors import ConfigError
@@ -84,9 +84,11 @@ def build_version(  # noqa: PLR0913  # each is a choice of the caller, three of 
     files = FILES if isinstance(config, DecoderConfig) else tuple(name for name in FILES if name != TEMPLATE_FILE)
     draft = _describe(temporary, identity, columns, files[:-1])
     progress("golden vectors", 0, 1)
-    (temporary / GOLDEN_FILE).write_bytes(encode_document(_golden(temporary, draft)))
+    golden, least_noticed = _golden(temporary, draft)
+    (temporary / GOLDEN_FILE).write_bytes(encode_document(golden))
     document = _describe(temporary, identity, columns, files)
     (temporary / VERSION_FILE).write_bytes(encode_document(document))
+    write_provenance(temporary, Provenance(least_noticed=least_noticed))
     temporary.rename(out)
     return document
 
@@ -168,15 +170,12 @@ def _make_encoder(source: Path, out: Path, choices: _Choices) -> tuple[ModelConf
     return config, writer.columns(FILES.index(WEIGHTS_FILE))
 
 
-def _golden(directory: Path, draft: VersionDocument) -> GoldenSet | EmbeddingSet:
-    """Golden vectors of the float32 twin, which leave the model as shipped a margin here."""
+def _golden(directory: Path, draft: VersionDocument) -> tuple[GoldenSet | EmbeddingSet, LeastNoticed]:
+    """Golden vectors of the float32 twin, and what they notice least."""
     tokenizer = Tokenizer.from_file(str(directory / TOKENIZER_FILE))
-    config = draft.config
-    if isinstance(config, EncoderConfig):
-        texts = golden_texts(tokenizer, config.max_tokens)
-        return make_embedding_set(twin_encoder(directory), shipped_encoder(directory), texts)
-    reference, shipped = twin_judge(directory, draft), shipped_judge(directory, draft)
-    return make_golden(reference, shipped, tokenizer, config.vocab_size)
+    if isinstance(draft.config, EncoderConfig):
+        return make_embedding_set(directory, draft.config, tokenizer)
+    return make_golden(directory, draft, tokenizer)
 
 
 def _write_graph(out: Path, graph: ModelProto) -> None:

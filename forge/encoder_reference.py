@@ -1,6 +1,6 @@
 """Judging encoders by mathematics: embeddings of a version, of its float32 twin, and of the checkpoint itself."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,15 @@ class EncoderJudge:
     def __init__(self, model: Path | bytes) -> None:
         self._session = open_judge(model)
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> Float:
-        """Embeddings float32 [len(texts), dimensions], each text run alone."""
-        return np.concatenate([self._embed(np.asarray([tokens], np.int64)) for tokens in texts])
+    def embed(self, texts: Sequence[Sequence[int]], extra: Mapping[str, Float] | None = None) -> Float:
+        """Embeddings float32 [len(texts), dimensions], each text run alone. `extra` are inputs that this
+        graph has besides."""
+        return np.concatenate([self._embed(np.asarray([tokens], np.int64), extra) for tokens in texts])
 
-    def _embed(self, ids: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]") -> Float:
-        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    def _embed(
+        self, ids: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]", extra: Mapping[str, Float] | None
+    ) -> Float:
+        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), **(extra or {})}
         return np.asarray(self._session.run(["embeddings"], feeds)[0], np.float32)
 
 

@@ -26,6 +26,8 @@ INT8_ACTIVATIONS = 4
 FLOAT_ATTENTION_INPUTS = 9
 """Inputs of GroupQueryAttention with a float32 cache; with an int8 cache positions, bias and sink follow, all left out,
 and then the scales."""
+ROTARY_FREQUENCIES, ROTARY_LIMIT = "rotary.inverse_frequency", "rotary.limit"
+"""Constants that the rotary tables are made of: float32 [1, head_size / 2], and how many positions."""
 CACHE_ATTRIBUTES = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
 
 
@@ -121,13 +123,13 @@ class _DecoderBuilder(GraphBuilder):
     def rotary_tables(self) -> tuple[str, str]:
         """cos and sin of position times inverse frequency, [context, head_size / 2] (forge/rotary.py)."""
         a = self.architecture
-        self.constant("rotary.inverse_frequency", a.rotary.inverse_frequencies(a.head_size)[None, :], np.float32)
-        for name, value in (("start", 0), ("limit", a.context_tokens), ("step", 1)):
-            self.constant(f"rotary.{name}", value, np.float32)
-        self.node("Range", ["rotary.start", "rotary.limit", "rotary.step"], ["rotary.range"])
+        self.constant(ROTARY_FREQUENCIES, a.rotary.inverse_frequencies(a.head_size)[None, :], np.float32)
+        for name, value in (("rotary.start", 0), (ROTARY_LIMIT, a.context_tokens), ("rotary.step", 1)):
+            self.constant(name, value, np.float32)
+        self.node("Range", ["rotary.start", ROTARY_LIMIT, "rotary.step"], ["rotary.range"])
         self.constant("rotary.column", [1], np.int64)
         self.node("Unsqueeze", ["rotary.range", "rotary.column"], ["rotary.positions"])
-        self.node("Mul", ["rotary.positions", "rotary.inverse_frequency"], ["rotary.angles"])
+        self.node("Mul", ["rotary.positions", ROTARY_FREQUENCIES], ["rotary.angles"])
         return (
             self.node("Cos", ["rotary.angles"], ["rotary.cos"]),
             self.node("Sin", ["rotary.angles"], ["rotary.sin"]),

@@ -77,12 +77,12 @@ def open_judge(model: Path | bytes) -> Any:
 
 def shipped_judge(directory: Path, version: VersionDocument) -> Judge:
     """The model as a node runs it: int4 kernels of this CPU."""
-    return Judge(directory / MODEL_FILE, *_shape(version))
+    return Judge(directory / MODEL_FILE, *shape_of(version))
 
 
 def twin_judge(directory: Path, version: VersionDocument) -> Judge:
     """The float32 twin of a version directory."""
-    return Judge(float_twin(directory).SerializeToString(), *_shape(version))
+    return Judge(float_twin(directory).SerializeToString(), *shape_of(version))
 
 
 def float_cache_judge(directory: Path, version: VersionDocument) -> Judge:
@@ -90,7 +90,7 @@ def float_cache_judge(directory: Path, version: VersionDocument) -> Judge:
     model = onnx.load(str(directory / MODEL_FILE), load_external_data=False)
     load_external_data_for_model(model, str(directory))
     _cache_in_float(model)
-    return Judge(model.SerializeToString(), *_shape(version))
+    return Judge(model.SerializeToString(), *shape_of(version))
 
 
 def checkpoint_judge(checkpoint: Checkpoint, scratch: Path) -> Judge:
@@ -158,7 +158,8 @@ def _dequantised(packed: TensorProto, scales: TensorProto, bits: int) -> Float:
     return BlockMatrix(numpy_helper.to_array(packed).reshape(rows, -1), blocks.reshape(rows, -1), bits).dequantise()
 
 
-def _shape(version: VersionDocument) -> tuple[int, int, int]:
+def shape_of(version: VersionDocument) -> tuple[int, int, int]:
+    """layers, kv_heads and head_size; ConfigError when it is no decoder."""
     config = version.config
     if not isinstance(config, DecoderConfig):
         raise ConfigError(f"{version.model} is an {config.kind}; only decoders have logits to judge")

@@ -41,7 +41,7 @@ EMULATED = {
 def load(session_config: dict[str, str], directory: Path | None = None) -> Model:
     version = base_version()
     options = ExecutionOptions(threads=1, session_config=session_config)
-    return Model(directory or version.directory, version.document.config, Shape(1, 64), options)
+    return Model(directory or version.directory, version.document.config, Shape(1, 192), options)
 
 
 def logits(session_config: dict[str, str]) -> tuple[Float, Float]:

@@ -1,4 +1,4 @@
-"""`amperage forge compile`: an ONNX model in, one that does the same faster out."""
+"""`amperage forge compile` and `import`: an ONNX model in, a faster one or a version to serve it out."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,14 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from cli.terminal import AsJson, console, progress
+from cli.terminal import AsJson, console, print_figures, progress
+from forge.build import parameters_of
 from forge.compiler.compilation import ROUNDS, TOLERANCE, Choices, Report, compile_model
 from forge.compiler.trial import Sampling
 from forge.compiler.work import Array, Limits
+from forge.graph_golden import Examples
+from forge.graph_import import GraphChoices, import_graph
+from forge.quantise import Precision
 from wire.errors import ConfigError
 
 ARRAYS_LIMIT_BYTES = 1 << 30
@@ -47,6 +51,52 @@ def compile_(
         print(json.dumps(found.as_json()))
     else:
         _show(found, out)
+
+
+def import_(
+    source: Annotated[Path, typer.Argument(help="An .onnx file of any model; its external data beside it.")],
+    name: Annotated[str, typer.Option(help="Name of the model, as applications will ask for it.")],
+    version: Annotated[str, typer.Option(help="Version for people, for example 1.0.")],
+    out: Annotated[Path, typer.Option(help="New version directory.")],
+    size: Annotated[
+        list[str] | None, typer.Option(help="How large a size that may differ gets, as batch=8; repeatable.")
+    ] = None,
+    range_: Annotated[
+        list[str] | None,
+        typer.Option("--range", help="Numbers of an input in golden vectors, as pixels=0,1; repeatable."),
+    ] = None,
+    inputs: Annotated[Path | None, typer.Option(help="NPZ file with inputs by name, for the golden vectors.")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Store matrices of MatMul and Gemm in int8 or int4; else all as they are.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a version of an ONNX model as it is, which nodes serve at /v2/models/MODEL/infer."""
+    largest = {named: sizes[0] for named, sizes in _shapes(size).items() if len(sizes) == 1}
+    if len(largest) < len(size or ()):
+        raise ConfigError("--size is one number by name; write it as batch=8")
+    examples = Examples(_ranges(range_), _arrays(inputs) if inputs is not None else {})
+    with progress() as report:
+        document = import_graph(source, out, (name, version), GraphChoices(largest, examples, precision), report)
+    figures = {
+        "model": name, "version": version, "decoded": document.decoded_digest(),
+        "parameters": parameters_of(document), "raw_bytes": sum(entry.size_bytes for entry in document.files),
+    }  # fmt: skip
+    print_figures(figures, as_json, f"{name} {version}")
+
+
+def _ranges(texts: list[str] | None) -> dict[str, tuple[float, float]]:
+    ranges = {}
+    for text in texts or ():
+        name, _, numbers = text.rpartition("=")
+        try:
+            low, high = map(float, numbers.split(","))
+        except ValueError:
+            low = high = 0.0
+        if not name or not low < high:
+            raise ConfigError(f"{text!r} is no range; write it as pixels=0,255")
+        ranges[name] = (low, high)
+    return ranges
 
 
 def _shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]]:

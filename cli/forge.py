@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from cli.compilation import compile_
+from cli.compilation import compile_, import_
 from cli.inspection import artifact_tables, artifacts_table, version_table
 from cli.quantising import quantise
 from cli.shrinking import distil, prune, train_quantised, trim_vocabulary
@@ -53,6 +53,7 @@ app.command("trim-vocabulary")(trim_vocabulary)
 app.command()(distil)
 app.command("train-quantised")(train_quantised)
 app.command("compile")(compile_)
+app.command("import")(import_)
 
 
 @app.command()

@@ -73,6 +73,8 @@ def build_version(  # noqa: PLR0913  # each is a choice of the caller, three of 
     """
     if out.exists():
         raise ConfigError(f"{out} exists; remove it or choose another place for the version")
+    if source.suffix == ".onnx":
+        raise ConfigError(f"{source} is an ONNX model, no checkpoint; serve it as it is with `amperage forge import`")
     make = _make_encoder if is_encoder(source) else _make_decoder
     temporary = out.with_name(f".{out.name}.building")
     if temporary.exists():
@@ -82,11 +84,11 @@ def build_version(  # noqa: PLR0913  # each is a choice of the caller, three of 
     config, columns = make(source, temporary, choices)
     identity = (*named, config)
     files = FILES if isinstance(config, DecoderConfig) else tuple(name for name in FILES if name != TEMPLATE_FILE)
-    draft = _describe(temporary, identity, columns, files[:-1])
+    draft = describe_version(temporary, identity, columns, files[:-1])
     progress("golden vectors", 0, 1)
     golden, least_noticed = _golden(temporary, draft)
     (temporary / GOLDEN_FILE).write_bytes(encode_document(golden))
-    document = _describe(temporary, identity, columns, files)
+    document = describe_version(temporary, identity, columns, files)
     (temporary / VERSION_FILE).write_bytes(encode_document(document))
     write_provenance(temporary, Provenance(least_noticed=least_noticed))
     temporary.rename(out)
@@ -97,7 +99,7 @@ def reseal_version(directory: Path) -> VersionDocument:
     """Write version.json anew after files were changed; names, sizes and tensors must be as before."""
     old = read_version(directory)
     names = tuple(entry.path for entry in old.files)
-    document = _describe(directory, (old.model, old.version, old.config), old.tensors, names)
+    document = describe_version(directory, (old.model, old.version, old.config), old.tensors, names)
     (directory / VERSION_FILE).write_bytes(encode_document(document))
     return document
 
@@ -188,9 +190,10 @@ def _copy_tokenizer(source: Path, out: Path) -> None:
     shutil.copyfile(source / TOKENIZER_FILE, out / TOKENIZER_FILE)
 
 
-def _describe(
+def describe_version(
     directory: Path, identity: tuple[str, str, ModelConfig], tensors: TensorColumns, names: tuple[str, ...]
 ) -> VersionDocument:
+    """The document of a version directory; `identity` is (model, version, config), `names` are its files."""
     entries = []
     for name in names:
         with (directory / name).open("rb") as file:

@@ -23,14 +23,14 @@ from runtime.bodies import ChatRequest, CompletionRequest, parse_body
 from runtime.embedding import embeddings
 from runtime.http import EXCEPTION_HANDLERS, encode_json, error_content, json_response, read_body, watch_client
 from runtime.infer import infer, tensors_of
-from runtime.loaded import Loaded
+from runtime.loaded import Loaded, LoadedText
 from runtime.logprobs import chat_logprobs, completion_logprobs
 from runtime.metrics import render_metrics
 from runtime.registry import Registry
 from runtime.settings import RuntimeSettings
 from runtime.transcript import Placed
 from wire.errors import InferenceError
-from wire.manifest import EncoderConfig
+from wire.manifest import GraphConfig, GraphTensor
 
 UNREAD_GRACE_S = 2.0
 """Beyond the time of a request, for a client that is slow to read its end."""
@@ -233,14 +233,20 @@ async def server_metadata(_request: Request) -> Response:
 
 
 async def model_metadata(request: Request) -> Response:
-    """GET /v2/models/{model}. Decoders take text over the OpenAI API, so that they list no tensors."""
+    """GET /v2/models/{model}."""
     version = _serving(request)
     entry, config = version.entry, version.document.config
-    tensors = tensors_of(config) if isinstance(config, EncoderConfig) else {"inputs": [], "outputs": []}
+    bounds: dict[str, Any] = {"max_tokens": version.capacity} if isinstance(version, LoadedText) else {}
+    if isinstance(config, GraphConfig):
+        bounds = {"largest": {tensor.name: _largest(config, tensor) for tensor in config.inputs}}
     return json_response(
-        {"name": entry.model, "versions": [entry.version], "platform": f"onnxruntime_{config.kind}", **tensors,
-         "parameters": {"decoded": entry.decoded, "max_tokens": version.capacity}}
+        {"name": entry.model, "versions": [entry.version], "platform": f"onnxruntime_{config.kind}",
+         **tensors_of(config), "parameters": {"decoded": entry.decoded, **bounds}}
     )  # fmt: skip
+
+
+def _largest(config: GraphConfig, tensor: GraphTensor) -> list[int]:
+    return [config.largest[size] if isinstance(size, str) else size for size in tensor.shape]
 
 
 async def model_ready(request: Request) -> Response:
@@ -262,7 +268,7 @@ def _model_row(version: Loaded) -> dict[str, Any]:
     return {
         "id": entry.model, "object": "model", "created": STARTED_S, "owned_by": "amperage",
         "kind": version.document.config.kind, "version": entry.version,
-        "decoded": entry.decoded, "context_tokens": version.capacity,
+        "decoded": entry.decoded, "context_tokens": version.capacity if isinstance(version, LoadedText) else None,
     }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from runtime.tuner import Tuner, in_turns
 from runtime.version import open_version, weights_bytes
 from runtime.ways import SPINNING, Figure, kernel_ways, remedies
 from wire.errors import AmperageError
-from wire.manifest import VersionDocument
+from wire.manifest import GraphConfig, VersionDocument
 from wire.serving import ExecutionOptions, ProbeReport, ProbeVerdict
 
 GIB = 1 << 30
@@ -166,8 +166,8 @@ def _packed(orders: Orders, tuner: Tuner) -> dict[str, object]:
     They get their name only after the golden vectors passed from them, and from them indeed: onnxruntime packs onto the
     heap, without a word, what does not fit its kernels.
     """
-    if orders.cache is None:
-        return {}
+    if orders.cache is None or isinstance(tuner.best.document.config, GraphConfig):
+        return {}  # kernels of graphs keep their weights as they are
     best = tuner.best
     key = PrepackKey.of(best.document.decoded_digest(), str(detect_cpu()), ONNXRUNTIME, best.options)
     try:

@@ -6,19 +6,21 @@ texts that nobody waits for any more are dropped from the batcher.
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from runtime.answer import INLINE_CHARACTERS
 from runtime.batcher import Encoding
 from runtime.bodies import EmbeddingRequest, parse_body
-from runtime.http import encode_json, read_body, watch_client
+from runtime.ending import until_ended
+from runtime.http import encode_json, read_body
 from runtime.loaded import LoadedEncoder
+from runtime.made import Array
 from runtime.model import Float
 from runtime.registry import Registry
 from wire.errors import Code, InferenceError
@@ -31,7 +33,8 @@ ROWS_BETWEEN_PAUSES = 16
 async def embeddings(request: Request) -> Response:
     """POST /v1/embeddings."""
     body = parse_body(EmbeddingRequest, await read_body(request))
-    async with encoder_of(request, body.model) as version:
+    registry: Registry = request.app.state.registry
+    with registry.holding(body.model, LoadedEncoder) as version:
         if body.dimensions not in (None, version.config.dimensions):
             raise InferenceError(
                 Code.BAD_REQUEST, f"dimensions: this model gives {version.config.dimensions}; leave the field out", 400
@@ -51,49 +54,20 @@ async def embeddings(request: Request) -> Response:
     return Response(b'{"object":"list","data":[' + listed + b"]," + encode_json(rest)[1:], media_type=JSON)
 
 
-@asynccontextmanager
-async def encoder_of(request: Request, model: str) -> AsyncIterator[LoadedEncoder]:
-    """The encoder that takes new requests for `model`, held. Raises InferenceError (400, 404, 503)."""
-    registry: Registry = request.app.state.registry
-    version = registry.acquire(model, LoadedEncoder)
-    try:
-        yield version
-    finally:
-        registry.release(version)
-
-
 async def encode(request: Request, version: LoadedEncoder, texts: Sequence[Sequence[int]]) -> Float:
     """Embeddings of `texts`, float32 [len(texts), dimensions].
 
     Raises InferenceError as Batcher.submit does, when the model failed (500) or the time of a request is over (504);
     ClientDisconnect when nobody waits any more.
     """
-    timeout_s: float = request.app.state.settings.request_timeout_s
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[InferenceError | ClientDisconnect | None] = loop.create_future()
-
-    def end(error: InferenceError | ClientDisconnect | None) -> None:
-        if not ended.done():
-            ended.set_result(error)
-
-    encoding = Encoding(texts, end)
-    version.engine.submit(encoding)
-    try:
-        async with watch_client(request.receive, lambda: end(ClientDisconnect())), asyncio.timeout(timeout_s):
-            error = await ended
-    except TimeoutError as error:
-        version.engine.stats.failed()
-        raise InferenceError(
-            Code.DEADLINE_PASSED, f"no embeddings within {timeout_s:g} s; send fewer texts", 504
-        ) from error
-    finally:
-        version.engine.cancel(encoding)
-    if error is not None:
-        raise error
+    async with until_ended(request, version.engine.stats, "send fewer texts") as ending:
+        encoding = Encoding(texts, ending.end)
+        version.engine.submit(encoding)
+        ending.cancel = partial(version.engine.cancel, encoding)
     return encoding.embeddings
 
 
-async def join_rows(rows: Float, write: Callable[[int, Float], bytes]) -> bytes:
+async def join_rows(rows: Iterable[Array], write: Callable[[int, Array], bytes]) -> bytes:
     """What `write` makes of each row, with commas between, and time for others now and then."""
     pieces = []
     for index, row in enumerate(rows):

@@ -23,10 +23,11 @@ from wire.golden import (
     EmbeddingVector,
     GoldenSet,
     GoldenVector,
+    TensorSet,
 )
 from wire.manifest import EncoderConfig
 
-Golden = TypeVar("Golden", GoldenSet, EmbeddingSet)
+Golden = TypeVar("Golden", GoldenSet, EmbeddingSet, TensorSet)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Judgement:
 def read_golden(directory: Path, vocab_size: int) -> GoldenSet:
     """`golden.json` of a decoder; raises ArtifactError, StoreError."""
     path = directory / GOLDEN_FILE
-    golden = _parse(GoldenSet, path)
+    golden = read_golden_file(GoldenSet, directory)
     for vector in golden.vectors:
         numbers = (*vector.input_ids, *vector.columns, vector.argmax)
         if len(vector.columns) != len(vector.logits) or not 0 <= min(numbers) <= max(numbers) < vocab_size:
@@ -56,12 +57,22 @@ def read_golden(directory: Path, vocab_size: int) -> GoldenSet:
 def read_embeddings(directory: Path, config: EncoderConfig) -> EmbeddingSet:
     """`golden.json` of an encoder; raises ArtifactError, StoreError."""
     path = directory / GOLDEN_FILE
-    golden = _parse(EmbeddingSet, path)
+    golden = read_golden_file(EmbeddingSet, directory)
     for vector in golden.vectors:
         known = 0 <= min(vector.input_ids) <= max(vector.input_ids) < config.vocab_size
         if not known or len(vector.input_ids) > config.max_tokens or len(vector.embedding) != config.dimensions:
             raise ArtifactError(Code.CORRUPT, f"{path} does not fit the model; build the version again")
     return golden
+
+
+def read_golden_file(kind: type[Golden], directory: Path) -> Golden:
+    """`golden.json` as it stands; raises ArtifactError, StoreError."""
+    path = directory / GOLDEN_FILE
+    try:
+        data = read_bounded(path, GOLDEN_LIMIT_BYTES)
+    except FileNotFoundError as error:
+        raise StoreError(Code.CORRUPT, f"{path} is missing; build the version again with golden vectors") from error
+    return parse_document(kind, data, limit_bytes=GOLDEN_LIMIT_BYTES)
 
 
 def judge_encoder(encoder: Encoder, golden: EmbeddingSet) -> Judgement:
@@ -70,7 +81,7 @@ def judge_encoder(encoder: Encoder, golden: EmbeddingSet) -> Judgement:
     found = [*(encoder.encode([text])[0] for text in texts), *encoder.encode(texts)]
     errors = [_distance(vector, row) for vector, row in zip(golden.vectors * 2, found, strict=True)]
     worst = max(errors) if all(math.isfinite(error) for error in errors) else None
-    return Judgement(len(texts), worst, golden.tolerance, None, _fault(worst, golden.tolerance))
+    return Judgement(len(texts), worst, golden.tolerance, None, fault_of(worst, golden.tolerance))
 
 
 def judge_model(model: Model, golden: GoldenSet) -> Judgement:
@@ -84,7 +95,7 @@ def judge_model(model: Model, golden: GoldenSet) -> Judgement:
     finite = all(math.isfinite(error) for error in errors)
     worst = max(errors) if finite else None
     agreement = agreed / len(golden.vectors)
-    fault = _fault(worst, golden.tolerance)
+    fault = fault_of(worst, golden.tolerance)
     if not fault and agreement < golden.min_top1_agreement:
         fault = f"top-1 agreement {agreement:.2f} is below {golden.min_top1_agreement:g}"
     return Judgement(len(golden.vectors), worst, golden.tolerance, agreement, fault)
@@ -98,14 +109,6 @@ def run_prompt(model: Model, tokens: list[int]) -> list[Float]:
             read = model.prefill(0, tokens[start : start + PREFILL_TOKENS], start, wide=wide)
         rows.append(read.copy())
     return [*rows, model.decode([tokens[-1]], [len(tokens) - 1])[0].copy()]
-
-
-def _parse(kind: type[Golden], path: Path) -> Golden:
-    try:
-        data = read_bounded(path, GOLDEN_LIMIT_BYTES)
-    except FileNotFoundError as error:
-        raise StoreError(Code.CORRUPT, f"{path} is missing; build the version again with golden vectors") from error
-    return parse_document(kind, data, limit_bytes=GOLDEN_LIMIT_BYTES)
 
 
 def _distance(vector: EmbeddingVector, row: Float) -> float:
@@ -122,7 +125,8 @@ def _row_error(vector: GoldenVector, row: Float) -> float:
     return float(np.sqrt(np.mean(np.square(difference))) / vector.deviation)
 
 
-def _fault(worst: float | None, tolerance: float) -> str:
+def fault_of(worst: float | None, tolerance: float) -> str:
+    """Why a model with this worst error is refused, empty when it is right; None: a number was not finite."""
     if worst is None:
         return "a number of the golden vectors is not finite"
     if worst > tolerance:

@@ -6,11 +6,12 @@ from typing import ClassVar, Protocol
 from runtime.batcher import Batcher
 from runtime.cpu import detect_cpu
 from runtime.replicas import Replicas
+from runtime.runner import Runner
 from runtime.session import ONNXRUNTIME
 from runtime.slab import Usage
 from runtime.stats import Stats
 from runtime.text import Text
-from wire.manifest import DecoderConfig, EncoderConfig, VersionDocument
+from wire.manifest import DecoderConfig, EncoderConfig, GraphConfig, VersionDocument
 from wire.serving import ServingModel
 
 
@@ -40,10 +41,7 @@ class Loaded:
 
     entry: ServingModel
     document: VersionDocument
-    text: Text
     engine: Worker
-    capacity: int
-    """Tokens of the longest request."""
     packed: bool
     """Its weights are mapped from the prepack cache."""
     stale: str
@@ -63,7 +61,21 @@ class Loaded:
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class LoadedDecoder(Loaded):
+class LoadedText(Loaded):
+    """A version that takes text."""
+
+    text: Text
+    capacity: int
+    """Tokens of the longest request."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class LoadedTensors(Loaded):
+    """A version that takes tensors."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class LoadedDecoder(LoadedText):
     """A decoder and its engines."""
 
     answers: ClassVar[str] = "/v1/chat/completions and /v1/completions"
@@ -73,13 +85,23 @@ class LoadedDecoder(Loaded):
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class LoadedEncoder(Loaded):
+class LoadedEncoder(LoadedText, LoadedTensors):
     """An encoder and its batcher."""
 
     answers: ClassVar[str] = "/v1/embeddings and /v2/models/MODEL/infer"
 
     config: EncoderConfig
     engine: Batcher
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class LoadedGraph(LoadedTensors):
+    """A graph that is served as it is, and its runner."""
+
+    answers: ClassVar[str] = "/v2/models/MODEL/infer"
+
+    config: GraphConfig
+    engine: Runner
 
 
 def foreign(entry: ServingModel) -> str:

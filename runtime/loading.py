@@ -17,19 +17,21 @@ from runtime.budget import Room, Sharing, available_bytes, check_room, heap_byte
 from runtime.cores import Cores, confined, core_groups, group_threads, own_cores
 from runtime.encoder import Encoder
 from runtime.engine import Engine
+from runtime.graph import Graph
 from runtime.keeping import Keeper
-from runtime.loaded import Loaded, LoadedDecoder, LoadedEncoder, foreign
+from runtime.loaded import Loaded, LoadedDecoder, LoadedEncoder, LoadedGraph, LoadedText, foreign
 from runtime.model import Model
 from runtime.prepack import PrepackCache, load_model
 from runtime.providers import know_libraries, missing
 from runtime.replicas import Replicas
+from runtime.runner import Runner
 from runtime.settings import RuntimeSettings
 from runtime.slab import Shape
 from runtime.speculation import Speculation
 from runtime.stats import Stats
 from runtime.text import Text
 from runtime.version import TOKENIZER_FILE, file_digest, open_version, weights_bytes
-from wire.manifest import DecoderConfig, EncoderConfig, VersionDocument
+from wire.manifest import DecoderConfig, EncoderConfig, GraphConfig, VersionDocument
 from wire.serving import ExecutionOptions, Serving, ServingModel
 
 _log = structlog.get_logger(__name__)
@@ -38,7 +40,7 @@ _log = structlog.get_logger(__name__)
 Deliver = Callable[[Sequence[tuple[Any, Any]]], None]
 """Takes what happened to requests, in order: pairs of a request, whose `sink` is called, and its event."""
 
-Made = TypeVar("Made", Model, Encoder)
+Made = TypeVar("Made", Model, Encoder, Graph)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,17 @@ class _Order:
     entry: ServingModel
     document: VersionDocument
     directory: Path
-    text: Text
+    old: LoadedText | None
+    """What it follows, when that takes text, too."""
     deliver: Deliver
     groups: list[Cores]
     """Each gets a replica."""
+
+    def text(self) -> Text:
+        """Its tokenizer and template; the tokenizer is taken over from `old` when it is the same."""
+        old, digest = self.old, file_digest(self.document, TOKENIZER_FILE)
+        same = old is not None and file_digest(old.document, TOKENIZER_FILE) == digest
+        return Text(self.directory, self.document.config, shared=old.text if old and same else None)
 
 
 class Loader:
@@ -71,11 +80,11 @@ class Loader:
         directory = self._settings.store / "versions" / entry.decoded
         groups = core_groups(self._settings.core_groups, own_cores())
         document, _ = open_version(directory, entry.decoded)
-        same = old is not None and file_digest(old.document, TOKENIZER_FILE) == file_digest(document, TOKENIZER_FILE)
-        text = Text(directory, document.config, shared=old.text if old and same else None)
-        order = _Order(entry, document, directory, text, deliver, groups)
+        order = _Order(entry, document, directory, old if isinstance(old, LoadedText) else None, deliver, groups)
         if isinstance(document.config, EncoderConfig):
             loaded: Loaded = self._encoder(order, document.config)
+        elif isinstance(document.config, GraphConfig):
+            loaded = self._graph(order, document.config)
         else:
             loaded = self._decoder(order, document.config, sharing)
         _log.info("model loaded", model=entry.model, decoded=entry.decoded, packed=loaded.packed)
@@ -86,6 +95,7 @@ class Loader:
 
     def _decoder(self, order: _Order, config: DecoderConfig, sharing: Sharing) -> LoadedDecoder:
         entry, stats, max_queue = order.entry, Stats(), self._settings.max_queue
+        text = order.text()
         shape = self._shape(len(order.groups), entry, order.document, config, sharing)
         engines: list[Engine] = []
 
@@ -104,12 +114,12 @@ class Loader:
             Replicas(engines, stats).close()
             raise
         return LoadedDecoder(
-            entry=entry, document=order.document, text=order.text, config=config, engine=Replicas(engines, stats),
+            entry=entry, document=order.document, text=text, config=config, engine=Replicas(engines, stats),
             capacity=shape.capacity, packed=entry.prepack is not None and not stale, stale=stale,
         )  # fmt: skip
 
     def _encoder(self, order: _Order, config: EncoderConfig) -> LoadedEncoder:
-        entry, settings = order.entry, self._settings
+        entry, settings, text = order.entry, self._settings, order.text()
         capacity = min(settings.context_tokens, config.max_tokens)
         limits = Limits(
             capacity, settings.encoder_batch_tokens, settings.max_queue, settings.encoder_queue_tokens,
@@ -122,9 +132,22 @@ class Loader:
             batcher.close()
             raise
         return LoadedEncoder(
-            entry=entry, document=order.document, text=order.text, config=config, engine=batcher,
+            entry=entry, document=order.document, text=text, config=config, engine=batcher,
             capacity=capacity, packed=entry.prepack is not None and not stale, stale=stale,
         )  # fmt: skip
+
+    def _graph(self, order: _Order, config: GraphConfig) -> LoadedGraph:
+        entry = order.entry
+        runner = Runner(entry.model, config, Stats(), self._settings.max_queue, order.deliver)
+        try:
+            stale = self._start(order, partial(Graph, order.directory, config), runner.start)
+        except BaseException:
+            runner.close()
+            raise
+        packed = entry.prepack is not None and not stale
+        return LoadedGraph(
+            entry=entry, document=order.document, config=config, engine=runner, packed=packed, stale=stale
+        )
 
     def _start(
         self, order: _Order, make: Callable[[ExecutionOptions, Path | None], Made],

@@ -8,7 +8,7 @@ serves untouched; a version that was replaced is closed when its last request ha
 import asyncio
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -139,6 +139,15 @@ class Registry:
             )
         version.users += 1
         return version
+
+    @contextmanager
+    def holding(self, model: str, kind: type[Kind]) -> Iterator[Kind]:
+        """The version that takes new requests, held while the block runs; raises as `acquire` does."""
+        version = self.acquire(model, kind)
+        try:
+            yield version
+        finally:
+            self.release(version)
 
     def release(self, version: Loaded) -> None:
         """A request that held `version` has ended."""

@@ -8,13 +8,15 @@ from typing import Protocol, Self
 
 from runtime.encoder import Encoder
 from runtime.golden import Judgement, judge_encoder, judge_model, read_embeddings, read_golden, run_prompt
+from runtime.golden_graph import golden_feeds, judge_graph, read_tensors_golden
+from runtime.graph import Graph
 from runtime.model import PREFILL_TOKENS, WIDE_TOKENS, Model
 from runtime.slab import Shape
 from runtime.text import Text
 from runtime.ways import FLOAT_ACTIVATIONS, INTEGER_READING, READING_SESSION, WHOLE_ATTENTION, Way
 from wire.errors import Code, DeployError
-from wire.golden import EmbeddingSet, GoldenSet
-from wire.manifest import DecoderConfig, EncoderConfig, VersionDocument
+from wire.golden import EmbeddingSet, GoldenSet, TensorSet
+from wire.manifest import DecoderConfig, EncoderConfig, GraphConfig, VersionDocument
 from wire.serving import ExecutionOptions
 
 MEASURED_TOKENS = 24
@@ -109,12 +111,31 @@ class DecoderSubject:
 
 
 @dataclass(slots=True)
-class EncoderSubject:
-    """An encoder."""
+class _Whole:
+    """What does one thing: all of it is reading, and what `tokens_per_s` chose holds."""
 
     directory: Path
     document: VersionDocument
     options: ExecutionOptions
+
+    def tokens_per_s(self) -> float:
+        """By its kind."""
+        raise NotImplementedError
+
+    def read_tokens_per_s(self) -> float:
+        """It has one figure."""
+        return self.tokens_per_s()
+
+    def reading_ways(self, *, apart: bool) -> list[tuple[Way, ...]]:
+        """None."""
+        del apart
+        return []
+
+
+@dataclass(slots=True)
+class EncoderSubject(_Whole):
+    """An encoder."""
+
     config: EncoderConfig
     golden: EmbeddingSet
     packed: Path | None = None
@@ -135,15 +156,6 @@ class EncoderSubject:
             self.encoder.encode([vector.input_ids])
         return sum(len(vector.input_ids) for vector in self.golden.vectors) / (time.perf_counter() - began_s)
 
-    def read_tokens_per_s(self) -> float:
-        """All that an encoder does is reading."""
-        return self.tokens_per_s()
-
-    def reading_ways(self, *, apart: bool) -> list[tuple[Way, ...]]:
-        """None: what `tokens_per_s` chose holds."""
-        del apart
-        return []
-
     def again(self, options: ExecutionOptions, packed: Path | None = None) -> Self:
         """Raises DeployError(load_failed)."""
         return replace(self, options=options, packed=packed)
@@ -153,19 +165,57 @@ class EncoderSubject:
         self.encoder.close()
 
 
+@dataclass(slots=True)
+class GraphSubject(_Whole):
+    """A graph that is served as it is; its speed is in runs per second."""
+
+    config: GraphConfig
+    golden: TensorSet
+    packed: Path | None = None
+    graph: Graph = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Raises DeployError(load_failed)."""
+        self.graph = Graph(self.directory, self.config, self.options, self.packed)
+
+    def judge(self) -> Judgement:
+        """By outputs."""
+        return judge_graph(self.graph.run, self.config, self.golden)
+
+    def tokens_per_s(self) -> float:
+        """Runs per second over the golden inputs, one after the other."""
+        feeds = [golden_feeds(run, self.config) for run in self.golden.runs]
+        began_s = time.perf_counter()
+        for inputs in feeds:
+            self.graph.run(inputs)
+        return len(feeds) / (time.perf_counter() - began_s)
+
+    def again(self, options: ExecutionOptions, packed: Path | None = None) -> Self:
+        """Raises DeployError(load_failed)."""
+        return replace(self, options=options, packed=packed)
+
+    def close(self) -> None:
+        """The session."""
+        self.graph.close()
+
+
 def load_subject(directory: Path, document: VersionDocument, options: ExecutionOptions) -> Subject:
     """Load a version with its golden vectors. Raises ArtifactError, StoreError, DeployError."""
     config = document.config
     if isinstance(config, EncoderConfig):
         return EncoderSubject(directory, document, options, config, read_embeddings(directory, config))
+    if isinstance(config, GraphConfig):
+        return GraphSubject(directory, document, options, config, read_tensors_golden(directory, config))
     return DecoderSubject(directory, document, options, config, read_golden(directory, config.vocab_size))
 
 
 def check_text(directory: Path, document: VersionDocument) -> None:
     """A template that never ends must do so in the probe, where there is a time-out, and not in the server.
 
-    Raises DeployError(load_failed) when the tokenizer does not fit the model.
+    Raises DeployError(load_failed) when the tokenizer does not fit the model. A graph has no text.
     """
+    if isinstance(document.config, GraphConfig):
+        return
     text = Text(directory, document.config)
     if isinstance(document.config, DecoderConfig):
         tokens = text.encode(text.render([{"role": "user", "content": "Good evening"}]), special=True)

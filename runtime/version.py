@@ -12,7 +12,7 @@ from runtime.external import check_external_data
 from wire.digest import digest_of
 from wire.documents import DOCUMENT_LIMIT_BYTES, parse_document
 from wire.errors import ArtifactError, Code, StoreError
-from wire.manifest import VersionDocument
+from wire.manifest import GraphConfig, VersionDocument
 
 VERSION_FILE = "version.json"
 GRAPH_FILE = "model.onnx"
@@ -39,7 +39,8 @@ def open_version(directory: Path, decoded: str | None = None) -> tuple[VersionDo
         )  # fmt: skip
     document = parse_document(VersionDocument, data)
     names = {entry.path for entry in document.files}
-    if missing := {GRAPH_FILE, WEIGHTS_FILE, TOKENIZER_FILE} - names:
+    tokenizer = set() if isinstance(document.config, GraphConfig) else {TOKENIZER_FILE}
+    if missing := ({GRAPH_FILE, WEIGHTS_FILE} | tokenizer) - names:
         raise ArtifactError(Code.CORRUPT, f"{directory} lists no {min(missing)}; build the version again")
     for entry in document.files:
         check_file(directory / entry.path, entry.size_bytes)

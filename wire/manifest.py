@@ -151,6 +151,56 @@ class EncoderConfig(Command):
     """Whether embeddings have the Euclidean length 1."""
 
 
+class Datatype(StrEnum):
+    """Element types of a graph's inputs and outputs, by their names in the Open Inference Protocol."""
+
+    BOOL = "BOOL"
+    UINT8 = "UINT8"
+    UINT16 = "UINT16"
+    UINT32 = "UINT32"
+    UINT64 = "UINT64"
+    INT8 = "INT8"
+    INT16 = "INT16"
+    INT32 = "INT32"
+    INT64 = "INT64"
+    FP16 = "FP16"
+    FP32 = "FP32"
+    FP64 = "FP64"
+
+
+SizeName = Annotated[str, StringConstraints(min_length=1, max_length=64, strict=True)]
+DimensionSize = Annotated[int, Field(ge=1, le=1 << 24)]
+
+
+class GraphTensor(Command):
+    """An input or output of a graph; a size that is a name may differ from request to request."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=128, strict=True)]
+    datatype: Datatype
+    shape: Annotated[tuple[DimensionSize | SizeName, ...], Field(max_length=8)]
+
+
+class GraphConfig(Command):
+    """What the runtime needs to know of a graph that it serves as it is: tensors in, tensors out."""
+
+    kind: Literal["graph"] = "graph"
+    inputs: Annotated[tuple[GraphTensor, ...], Field(min_length=1, max_length=16)]
+    outputs: Annotated[tuple[GraphTensor, ...], Field(min_length=1, max_length=16)]
+    largest: dict[SizeName, DimensionSize] = {}
+    """The largest that each named size of an input may be. A name means one size in a request. Outputs may have names
+    of their own, for sizes that the graph computes."""
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        for tensors in (self.inputs, self.outputs):
+            if len({tensor.name for tensor in tensors}) != len(tensors):
+                raise ValueError("two inputs or two outputs have one name")
+        named = {size for tensor in self.inputs for size in tensor.shape if isinstance(size, str)}
+        if named != self.largest.keys():
+            raise ValueError("largest must bound the named sizes of the inputs, and nothing else")
+        return self
+
+
 def _kind_of(config: Any) -> str:
     """Decoders may leave their kind out."""
     kind = config.get("kind", "decoder") if isinstance(config, dict) else getattr(config, "kind", "decoder")
@@ -158,7 +208,10 @@ def _kind_of(config: Any) -> str:
 
 
 ModelConfig = Annotated[
-    Annotated[DecoderConfig, Tag("decoder")] | Annotated[EncoderConfig, Tag("encoder")], Discriminator(_kind_of)
+    Annotated[DecoderConfig, Tag("decoder")]
+    | Annotated[EncoderConfig, Tag("encoder")]
+    | Annotated[GraphConfig, Tag("graph")],
+    Discriminator(_kind_of),
 ]
 
 

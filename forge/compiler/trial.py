@@ -93,7 +93,7 @@ def make_feeds(model: ModelProto, sampling: Sampling, seed: int) -> Feeds:
     if unknown := sorted((sampling.shapes.keys() | sampling.given.keys()) - inputs.keys()):
         raise ConfigError(f"the model has no input {unknown[0]!r}; it has {', '.join(inputs) or 'none'}")
     chance = np.random.default_rng(seed)
-    bounds = _bounds(model)
+    bounds = gather_bounds(model)
     return {
         name: sampling.given[name] if name in sampling.given
         else _values(value, sampling.shapes.get(name), bounds.get(name, LARGEST_INTEGER), chance)
@@ -159,7 +159,7 @@ def _values(value: ValueInfoProto, shape: tuple[int, ...] | None, bound: int, ch
     return np.asarray(chance.standard_normal(sizes)).astype(dtype)
 
 
-def _bounds(model: ModelProto) -> dict[str, int]:
+def gather_bounds(model: ModelProto) -> dict[str, int]:
     """By input, how many rows a Gather of a stored table has that reads it."""
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     bounds: dict[str, int] = {}

@@ -36,7 +36,7 @@ def test_binary_data_follow_the_json_in_the_order_of_the_inputs(datatype: str, w
     _, tensors = read_tensors(header + b"".join(blobs), str(len(header)))
     assert tensors["input_ids"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert tensors["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 1]]
-    assert tensors["input_ids"].dtype == np.int64
+    assert tensors["input_ids"].dtype == np.dtype(width)
 
 
 def test_binary_and_json_inputs_mix() -> None:
@@ -45,6 +45,29 @@ def test_binary_and_json_inputs_mix() -> None:
     header = body_of(mask, IDS)
     _, tensors = read_tensors(header + blob, str(len(header)))
     assert tensors["input_ids"].tolist()[1] == [4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("datatype", "data", "dtype"),
+    [
+        ("BOOL", [[True, False]], "?"), ("UINT8", [[0, 255]], "u1"), ("INT16", [[-5, 5]], "<i2"),
+        ("FP16", [[0.5, 2]], "<f2"), ("FP32", [[0.5, 2]], "<f4"), ("FP64", [[0.1, 2]], "<f8"),
+    ],
+)  # fmt: skip
+def test_every_type_is_read_from_json_and_from_binary_data(datatype: str, data: list[Any], dtype: str) -> None:
+    told = {"name": "x", "shape": [1, 2], "datatype": datatype}
+    _, from_json = read_tensors(body_of(told | {"data": data}), None)
+    blob = np.asarray(data, dtype).tobytes()
+    header = body_of(told | {"parameters": {"binary_data_size": len(blob)}})
+    _, from_binary = read_tensors(header + blob, str(len(header)))
+    for tensors in (from_json, from_binary):
+        assert tensors["x"].dtype == np.dtype(dtype)
+        np.testing.assert_array_equal(tensors["x"], np.asarray(data, dtype))
+
+
+def test_scalar_has_the_empty_shape() -> None:
+    _, tensors = read_tensors(body_of({"name": "n", "shape": [], "datatype": "INT64", "data": [7]}), None)
+    assert (tensors["n"].shape, int(tensors["n"])) == ((), 7)
 
 
 BINARY = {"name": "input_ids", "shape": [2, 3], "datatype": "INT64", "parameters": {"binary_data_size": 48}}
@@ -59,7 +82,12 @@ BINARY = {"name": "input_ids", "shape": [2, 3], "datatype": "INT64", "parameters
         ([IDS | {"shape": [0, 6]}], b"", "shape"),
         ([IDS | {"shape": [-2, -3]}], b"", "shape"),
         ([IDS | {"shape": []}], b"", "shape"),
-        ([IDS | {"datatype": "FP32"}], b"", "datatype"),
+        ([IDS | {"datatype": "BYTES"}], b"", "datatype"),
+        ([IDS | {"datatype": "BOOL"}], b"", "not all BOOL"),
+        ([IDS | {"datatype": "FP32", "data": ["1"] * 6}], b"", "not all FP32"),
+        ([IDS | {"datatype": "FP64", "data": [10**400] * 6}], b"", "no FP64"),
+        ([IDS | {"datatype": "UINT8", "data": [256] * 6}], b"", "no UINT8"),
+        ([IDS | {"data": [[1, 2, 3], 4]}], b"", "nested"),
         ([IDS | {"data": [1.0] * 6}], b"", "data"),
         ([IDS | {"data": [True] * 6}], b"", "data"),
         ([IDS | {"data": None}], b"", "no data"),

@@ -14,10 +14,13 @@ from wire.errors import ArtifactError, Code
 from wire.manifest import (
     BITS,
     FRAME_BYTES,
+    Datatype,
     DecoderConfig,
     Dtype,
     EncoderConfig,
     FileEntry,
+    GraphConfig,
+    GraphTensor,
     Layout,
     Manifest,
     Pooling,
@@ -237,6 +240,14 @@ ENCODER = EncoderConfig(
     normalised=True,
 )  # fmt: skip
 
+GRAPH = GraphConfig(
+    inputs=(
+        GraphTensor(name="x", datatype=Datatype.FP32, shape=("batch", 3)),
+        GraphTensor(name="b", datatype=Datatype.BOOL, shape=()),
+    ),
+    outputs=(GraphTensor(name="y", datatype=Datatype.INT64, shape=("found", 2)),), largest={"batch": 8},
+)  # fmt: skip
+
 
 def test_version_written_before_there_were_encoders_keeps_its_bytes_and_digest() -> None:
     version = parse_document(VersionDocument, OLD_VERSION)
@@ -253,9 +264,21 @@ def test_version_of_an_encoder_is_read_as_one() -> None:
     assert isinstance(read.config, EncoderConfig)
 
 
+def test_version_of_a_graph_is_read_as_one() -> None:
+    version = make_version().model_copy(update={"config": GRAPH})
+    read = parse_document(VersionDocument, encode_document(version))
+    assert read == version
+    assert isinstance(read.config, GraphConfig)
+
+
 @pytest.mark.parametrize(
     "config",
     [
+        encode_document(GRAPH).replace(b'"batch":8', b'"batch":8,"depth":3'),
+        encode_document(GRAPH).replace(b'"batch":8', b""),
+        encode_document(GRAPH).replace(b'"batch":8', b'"batch":0'),
+        encode_document(GRAPH).replace(b'"FP32"', b'"BYTES"'),
+        encode_document(GRAPH).replace(b'"name":"x"', b'"name":"b"'),
         b'{"kind":"vision"}',
         b'{"kind":"encoder"}',
         b'{"kind":["encoder"]}',

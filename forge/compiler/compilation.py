@@ -1,9 +1,9 @@
 """One ONNX model in, one that does the same faster out, with a report of what was done and what it gained.
 
-Ours are folding ahead of time, unrolling, merging of products, and sums with RMS norms: what onnxruntime does not do
-when it loads a model. What it does then (GELU, LayerNormalization, attention of BERT, MatMul with Add, transposes next
-to each other, layouts of convolutions for this CPU) is left to it: written into the file it would gain nothing but part
-of the load, and the last of them would be wrong for another CPU.
+Ours are folding ahead of time, unrolling, merging of products, and parting of sums and norms: what onnxruntime does not
+do when it loads a model. What it does then (GELU, norms that are spelt out, attention of BERT, MatMul with Add,
+transposes next to each other, layouts of convolutions for this CPU) is left to it: written into the file it would gain
+nothing but part of the load, and the last of them would be wrong for another CPU. A test holds it to that.
 
 Invariant: nothing is written unless the compiled model, run on seeded inputs, gives what the model gives that
 onnxruntime runs without any optimisation. A crash leaves `.NAME.writing`.
@@ -23,7 +23,7 @@ from forge.compiler.batch import batch_slices
 from forge.compiler.clean import clean
 from forge.compiler.fold import fold_constants
 from forge.compiler.merge import merge_products
-from forge.compiler.norms import fuse_norms
+from forge.compiler.norms import part_norms
 from forge.compiler.trial import RUN_LIMIT_S, Sampling, Session, difference, make_feeds, measure
 from forge.compiler.unroll import unroll
 from forge.compiler.work import Limits, Work, count_nodes, graphs_of
@@ -123,7 +123,7 @@ def run_passes(work: Work, progress: Progress = silent) -> None:
     batch_slices(work)
     clean(work)
     merge_products(work)
-    fuse_norms(work)
+    part_norms(work)
     clean(work)
     for graph in graphs_of(work.graph):
         del graph.value_info[:]

@@ -19,12 +19,12 @@ from pathlib import Path
 from benchmarks.decoder_models import ROOT, SAMPLE
 from benchmarks.harness import ROUNDS
 from benchmarks.results.decoders import measure_decoders
-from benchmarks.results.encoders import measure_encoders, sentences_of
+from benchmarks.results.encoders import measure_encoders, sentences_of, words_of
 from benchmarks.results.figures import FILE, Results, read_results
 from benchmarks.results.making import Maker
 from benchmarks.results.page import PAGE, render_page
 from benchmarks.results.picture import PICTURES
-from benchmarks.results.recipes import RECIPES
+from benchmarks.results.recipes import ENCODERS, MINILM, RECIPES
 from forge.checkpoint import Checkpoint
 from forge.evaluate import perplexity, read_windows
 from forge.reference import checkpoint_judge
@@ -53,6 +53,8 @@ def run(arguments: argparse.Namespace) -> Results:
     """Make and measure everything. Raises ConfigError when --train lacks its texts."""
     if arguments.train and not (arguments.text and arguments.heldout):
         raise ConfigError("--train needs a text to train on and one to judge by; add --text FILE --heldout FILE")
+    if not MINILM.is_dir():
+        raise ConfigError("all-MiniLM-L6-v2 is not installed; see what scripts/bench --list says, and start again")
     recipes = [recipe for recipe in RECIPES if arguments.train or not recipe.trains]
     windows = read_windows(WINDOWS)
     judged = windows[CALIBRATION_WINDOWS:]
@@ -60,15 +62,14 @@ def run(arguments: argparse.Namespace) -> Results:
         work = Path(folder)
         places = {
             "calibration": _saved(work / "calibration.json", windows[:CALIBRATION_WINDOWS]),
-            "text": arguments.text, "heldout": arguments.heldout,
+            "words": work / "words.txt", "text": arguments.text, "heldout": arguments.heldout,
         }  # fmt: skip
-        maker, made = Maker(work, places), []
-        for recipe in recipes:
-            _say(f"making {recipe.name}")
-            made.append(maker.make(recipe))
-        judging = _saved(work / "judging.json", judged)
-        decoders = measure_decoders(made, judging, len(judged), arguments.rounds, _say)
-        encoders = measure_encoders(work, judged, arguments.rounds, _say)
+        places["words"].write_text("\n\n".join(words_of(windows[:CALIBRATION_WINDOWS])))
+        maker = Maker(work, places, _say)
+        made = [maker.make(recipe) for recipe in recipes]
+        made_encoders = [maker.make(recipe) for recipe in ENCODERS]
+        decoders = measure_decoders(made, _saved(work / "judging.json", judged), arguments.rounds, _say)
+        encoders = measure_encoders(made_encoders, judged, arguments.rounds, _say)
         (work / "original").mkdir()
         original = perplexity(checkpoint_judge(Checkpoint(SAMPLE), work / "original"), judged)
     return Results(

@@ -6,16 +6,17 @@ same settings, not with those that a probe would choose for each, so that the re
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from benchmarks.decoder_models import SAMPLE
 from benchmarks.harness import Samples, Subject, measure
 from benchmarks.memory import Process
 from benchmarks.releases import release_summary
 from benchmarks.results.figures import DecoderFigures
 from benchmarks.results.making import Made
+from benchmarks.results.quality import judge_version
 from codec.versions import read_version
-from forge.evaluate import evaluate_version
 from runtime.cpu import allowed_threads
 from wire.manifest import DecoderConfig
 from wire.serving import ExecutionOptions
@@ -24,26 +25,31 @@ PROMPT_TOKENS, WARM_TOKENS, DECODED_TOKENS = 32, 4, 96
 Say = Callable[[str], None]
 
 
-def measure_decoders(made: Sequence[Made], judging: Path, windows: int, rounds: int, say: Say) -> list[DecoderFigures]:
-    """A row per version, in their order; `judging` holds the `windows` windows of tokens that judge."""
+def measure_decoders(made: Sequence[Made], judging: Path, rounds: int, say: Say) -> list[DecoderFigures]:
+    """A row per version, in their order; `judging` holds the windows of tokens that judge."""
     qualities = []
     for one in made:
         say(f"evaluating {one.recipe.name}")
-        qualities.append(evaluate_version(one.directory, judging, windows, checkpoint=SAMPLE))
+        qualities.append(judge_version(one.directory, judging))
     say("measuring memory and speed")
     with _loaded(made) as processes:
         memory = [_memory(process, one) for process, one in zip(processes, made, strict=True)]
         subjects = {one.recipe.name: _decoding(process) for process, one in zip(processes, made, strict=True)}
         speeds = measure(subjects, rounds)
     return [
-        _figures(one, quality, used, speeds[one.recipe.name])
+        DecoderFigures.model_validate(costs(one, speeds[one.recipe.name]) | asdict(quality) | used)
         for one, quality, used in zip(made, qualities, memory, strict=True)
     ]
 
 
-def disk_bytes(directory: Path) -> int:
-    """All files of a version."""
-    return sum(path.stat().st_size for path in directory.iterdir())
+def costs(one: Made, speed: Samples | None) -> dict[str, Any]:
+    """The fields of a row that every version has."""
+    assert speed is not None
+    return {
+        "name": one.recipe.name, "series": one.recipe.series, "commands": one.recipe.steps, "weights": one.weights,
+        "disk_bytes": sum(path.stat().st_size for path in one.directory.iterdir()),
+        "wire_bytes": release_summary(one.directory).wire_bytes, "speed": speed.median, "speed_spread": speed.spread,
+    }  # fmt: skip
 
 
 @contextmanager
@@ -79,13 +85,3 @@ def _decoding(process: Process) -> Subject:
         return DECODED_TOKENS / float(process.ask(decode=DECODED_TOKENS)["seconds"])
 
     return subject
-
-
-def _figures(one: Made, quality: dict[str, float], used: dict[str, int], speed: Samples | None) -> DecoderFigures:
-    assert speed is not None
-    return DecoderFigures(
-        name=one.recipe.name, series=one.recipe.series, commands=one.recipe.steps, weights=one.weights,
-        disk_bytes=disk_bytes(one.directory), wire_bytes=release_summary(one.directory).wire_bytes,
-        perplexity=quality["perplexity"], kl_nats=quality["kl_nats_of_checkpoint"],
-        top1_agreement=quality["top1_agreement_of_checkpoint"], speed=speed.median, speed_spread=speed.spread, **used,
-    )  # fmt: skip

@@ -9,20 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from benchmarks.decoder_models import SAMPLE
 from benchmarks.harness import Subject, measure, rate_of
-from benchmarks.releases import release_summary
-from benchmarks.results.decoders import Say, disk_bytes
+from benchmarks.results.decoders import Say, costs
 from benchmarks.results.figures import EncoderFigures
-from benchmarks.results.making import weights_of
-from benchmarks.results.recipes import ENCODER_PRECISIONS, MINILM
+from benchmarks.results.making import Made
+from benchmarks.results.recipes import MINILM
 from codec.versions import read_version
-from forge.build import build_version
+from forge.build import TOKENIZER_FILE
 from forge.encoder_checkpoint import EncoderCheckpoint
 from forge.encoder_reference import checkpoint_encoder, shipped_encoder
-from forge.quantise import Float, Precision
+from forge.quantise import Float
+from forge.vocabulary import open_tokenizer
 from runtime.cpu import allowed_threads
 from runtime.encoder import Encoder
 from wire.manifest import EncoderConfig
@@ -33,39 +32,41 @@ SPEED_SENTENCES = 32
 """Of a round, one at a time."""
 
 
-def measure_encoders(work: Path, windows: Sequence[Sequence[int]], rounds: int, say: Say) -> list[EncoderFigures]:
-    """A row per precision."""
-    tokenizer = Tokenizer.from_file(str(MINILM / "tokenizer.json"))
-    tokenizer.no_padding()
-    texts = [[int(token) for token in tokenizer.encode(sentence).ids] for sentence in sentences_of(windows)]
-    with tempfile.TemporaryDirectory(dir=work) as scratch:
-        reference = checkpoint_encoder(EncoderCheckpoint(MINILM), Path(scratch)).embed(texts)
-    directories = {}
-    for name in ENCODER_PRECISIONS:
-        say(f"building all-MiniLM-L6-v2, {name}")
-        directories[name] = work / f"minilm-{name}"
-        build_version(MINILM, directories[name], ("minilm", "1"), precision=Precision(name))
-    cosines = {name: _cosines(reference, shipped_encoder(path).embed(texts)) for name, path in directories.items()}
-    speeds = measure({name: _encoding(path, texts) for name, path in directories.items()}, rounds)
+def measure_encoders(
+    made: Sequence[Made], windows: Sequence[Sequence[int]], rounds: int, say: Say
+) -> list[EncoderFigures]:
+    """A row per version, in their order."""
+    sentences = sentences_of(windows)
+    with tempfile.TemporaryDirectory(prefix="amperage-results-") as scratch:
+        reference = checkpoint_encoder(EncoderCheckpoint(MINILM), Path(scratch)).embed(_texts(MINILM, sentences))
+    say("measuring encoders")
+    texts = {one.recipe.name: _texts(one.directory, sentences) for one in made}
+    speeds = measure({one.recipe.name: _encoding(one.directory, texts[one.recipe.name]) for one in made}, rounds)
     rows = []
-    for name, directory in directories.items():
-        speed = speeds[name]
-        assert speed is not None
-        rows.append(EncoderFigures(
-            name=name, commands=(f"build {{source}} --name minilm --version 1 --precision {name} --out {{out}}",),
-            weights=weights_of(MINILM), disk_bytes=disk_bytes(directory),
-            wire_bytes=release_summary(directory).wire_bytes, speed=speed.median, speed_spread=speed.spread,
-            cosine_mean=float(cosines[name].mean()), cosine_least=float(cosines[name].min()),
-        ))  # fmt: skip
+    for one in made:
+        cosines = _cosines(reference, shipped_encoder(one.directory).embed(texts[one.recipe.name]))
+        fields = {"cosine_mean": float(cosines.mean()), "cosine_least": float(cosines.min())}
+        rows.append(EncoderFigures.model_validate(costs(one, speeds[one.recipe.name]) | fields))
     return rows
 
 
 def sentences_of(windows: Sequence[Sequence[int]]) -> list[str]:
     """The sentences of `LEAST_WORDS` words and more in windows of the sample model's tokens."""
-    tokenizer = Tokenizer.from_file(str(SAMPLE / "tokenizer.json"))
-    texts = (" ".join(tokenizer.decode(list(window)).split()) for window in windows)
+    texts = (" ".join(text.split()) for text in words_of(windows))
     parts = (part.strip() for text in texts for part in re.split(r"(?<=[.!?;])\s", text))
     return [part for part in parts if len(part.split()) >= LEAST_WORDS]
+
+
+def words_of(windows: Sequence[Sequence[int]]) -> list[str]:
+    """The text of windows of the sample model's tokens."""
+    tokenizer = open_tokenizer(SAMPLE / TOKENIZER_FILE)
+    return [tokenizer.decode(list(window)) for window in windows]
+
+
+def _texts(folder: Path, sentences: Sequence[str]) -> list[list[int]]:
+    """In tokens of the checkpoint or version in `folder`."""
+    tokenizer = open_tokenizer(folder / TOKENIZER_FILE)
+    return [[int(token) for token in tokenizer.encode(sentence).ids] for sentence in sentences]
 
 
 def _cosines(reference: Float, found: Float) -> Float:

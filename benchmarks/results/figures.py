@@ -22,6 +22,7 @@ class Cost(_Frozen):
     """What every version costs."""
 
     name: str
+    series: Series
     commands: tuple[str, ...]
     weights: int
     disk_bytes: int
@@ -39,13 +40,13 @@ class Cost(_Frozen):
 class DecoderFigures(Cost):
     """A row of the language models."""
 
-    series: Series
     ram_bytes: int
     cache_bytes: int
     """Keys and values, which `ram_bytes` holds too."""
     perplexity: float
-    kl_nats: float
-    top1_agreement: float
+    bits_per_byte: float
+    kl_nats: float | None
+    top1_agreement: float | None
 
 
 class EncoderFigures(Cost):

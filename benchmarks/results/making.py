@@ -9,7 +9,7 @@ import io
 import math
 import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,14 +32,15 @@ class Made:
 
 
 class Maker:
-    """Makes recipes below `work`; `places` are the files that steps name in braces."""
+    """Makes recipes below `work`; `places` are the files that steps name in braces, `say` hears what is being made."""
 
-    def __init__(self, work: Path, places: Mapping[str, Path]) -> None:
-        self._work, self._places = work, places
+    def __init__(self, work: Path, places: Mapping[str, Path], say: Callable[[str], None]) -> None:
+        self._work, self._places, self._say = work, places, say
         self._done: dict[tuple[object, ...], Path] = {}
 
     def make(self, recipe: Recipe) -> Made:
         """Run the steps that no recipe before had. Raises AmperageError as the command does."""
+        self._say(f"making {recipe.name}")
         source = recipe.source
         for count, step in enumerate(recipe.steps, start=1):
             key = (recipe.source, *recipe.steps[:count])

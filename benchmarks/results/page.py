@@ -1,12 +1,13 @@
 """docs/results.md of the figures of one run: its tables, and what they say in sentences that follow from them."""
 
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
-from benchmarks.decoder_models import ROOT
+from benchmarks.decoder_models import SAMPLE
 from benchmarks.results.figures import Cost, DecoderFigures, EncoderFigures, Results, wire_front
-from benchmarks.results.recipes import RECIPES
-from benchmarks.results.sentences import sentences_on
+from benchmarks.results.recipes import ENCODERS, MINILM, RECIPES, STUDENT
+from benchmarks.results.sentences import sentences_on, sentences_on_encoder
 
 PAGE = "results.md"
 WIDTH = 120
@@ -24,7 +25,8 @@ How it was measured; MB are millions of bytes:
 - **Quality**: of the {total} windows of {found.window_tokens} tokens in `samples/eval/tales-5m-base.json` the first \
 {found.calibration_windows} calibrate where a recipe calibrates, the last {found.judging_windows} judge every row. KL \
 and the same best token are against `samples/tales-5m-base` in float32, for students too; its perplexity is \
-{found.original_perplexity:.2f}.
+{found.original_perplexity:.2f}. Perplexity counts the original's tokens, also where a recipe changes the tokens: all \
+rows read the same bytes, and **bits per byte** is the same figure for each of these.
 - **disk** is the version directory, **wire** the full artifact, pack and manifest. **bits per weight** are those on \
 the wire, graph and tokenizer included, for each weight of the checkpoint that the version was built of.
 - **RAM** is what loading and running the version added to a process of its own, with keys and values of its whole \
@@ -34,7 +36,8 @@ settings (a probe may choose better ones for each); spread is (largest - smalles
 - **{front}**: no other row has as few bytes on the wire and as low a perplexity, and less of one.
 """
 ENCODER_METHODS = """
-all-MiniLM-L6-v2. The cosine is that of the embeddings of {found.sentences} sentences, those of the judging windows, \
+all-MiniLM-L6-v2. Fewer tokens are those that the text of the calibrating windows uses, and then the first ones of the \
+vocabulary. The cosine is that of the embeddings of {found.sentences} sentences, those of the judging windows, \
 to the checkpoint's own in float32. Speeds are of one sentence at a time.
 """
 SIZES: dict[str, Callable[[Cost], str]] = {
@@ -48,13 +51,14 @@ DECODER_COLUMNS: dict[str, Callable[[DecoderFigures], str]] = {
     **SIZES,
     "RAM, MB": lambda row: megabytes(row.ram_bytes),
     "perplexity": lambda row: f"{row.perplexity:.2f}",
-    "KL, nats": lambda row: f"{row.kl_nats:.4f}",
-    "same best token": lambda row: f"{row.top1_agreement:.3f}",
+    "bits per byte": lambda row: f"{row.bits_per_byte:.3f}",
+    "KL, nats": lambda row: _known(row.kl_nats, ".4f"),
+    "same best token": lambda row: _known(row.top1_agreement, ".3f"),
     "tokens/s": lambda row: f"{row.speed:,.0f}",
     SPREAD: lambda row: f"{row.speed_spread:.0%}",
 }
 ENCODER_COLUMNS: dict[str, Callable[[EncoderFigures], str]] = {
-    "precision": lambda row: row.name,
+    "encoder": lambda row: row.name,
     **SIZES,
     "cosine, mean": lambda row: f"{row.cosine_mean:.4f}",
     "cosine, least": lambda row: f"{row.cosine_least:.4f}",
@@ -73,6 +77,10 @@ def render_page(found: Results) -> str:
 def megabytes(size_bytes: int) -> str:
     """Millions of bytes."""
     return f"{size_bytes / 1e6:.2f}"
+
+
+def _known(figure: float | None, form: str) -> str:
+    return "" if figure is None else format(figure, form)
 
 
 def _head(found: Results) -> list[str]:
@@ -107,6 +115,8 @@ def _encoders(found: Results) -> list[str]:
     return [
         "## The sentence encoder",
         "",
+        *(line for sentence in sentences_on_encoder(found) for line in _filled(f"- {sentence}")),
+        "",
         *_table([*ENCODER_COLUMNS], ([tell(row) for tell in ENCODER_COLUMNS.values()] for row in found.encoders)),
         "",
         *_filled(ENCODER_METHODS, found=found),
@@ -116,25 +126,29 @@ def _encoders(found: Results) -> list[str]:
 
 def _commands(found: Results) -> list[str]:
     """What was run for each row, `amperage forge` left out."""
-    sources = {recipe.name: recipe.source.relative_to(ROOT) for recipe in RECIPES}
+    sources = {SAMPLE: "`samples/tales-5m-base`", STUDENT: "`samples/tales-3m-distilled`", MINILM: "all-MiniLM-L6-v2"}
+    checkpoints = {(recipe.name, recipe.steps): sources[recipe.source] for recipe in (*RECIPES, *ENCODERS)}
     rows = (
-        [row.name, f"`{sources.get(row.name, '')}`", " → ".join(f"`{_plain(step)}`" for step in row.commands)]
-        for row in found.decoders
-    )
+        [
+            row.name, checkpoints.get((row.name, row.commands), ""),
+            " → ".join(f"`{_plain(step)}`" for step in row.commands),
+        ]
+        for row in (*found.decoders, *found.encoders)
+    )  # fmt: skip
     return [
         "## The commands",
         "",
         "Each is a command of `amperage forge` and takes what the one before it wrote.",
         "",
-        *_table(["recipe", "checkpoint", "commands"], rows),
+        *_table(["row", "checkpoint", "commands"], rows),
     ]
 
 
 def _plain(step: str) -> str:
     """A step without its places for what comes in and goes out, and with names for the files it reads."""
-    for place in (" {source}", " {out}", " --out", " --name tales --version 1"):
+    for place in (" {source}", " {out}", " --out", " --name tales --version 1", " --name minilm --version 1"):
         step = step.replace(place, "")
-    return step.replace("{calibration}", "WINDOWS").replace("{text}", "TEXT").replace("{heldout}", "HELDOUT")
+    return re.sub(r"\{(\w+)\}", lambda place: place[1].upper(), step)
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from benchmarks.results.figures import DecoderFigures, Results, wire_front
-from benchmarks.results.recipes import LINES, Series
+from benchmarks.results.recipes import Series
 
 NEAR = (0.01, 0.05, 0.2)
 """Shares by which the perplexity may be worse than the original's."""
@@ -13,10 +13,23 @@ def sentences_on(found: Results) -> Iterator[str]:
     """About the language model's rows."""
     yield from _smallest(found)
     yield _front(found)
-    for series in (Series.PRUNED, Series.DISTILLED, Series.TRAINED, *LINES):
-        yield from _beside_rounding(found, series)
+    yield from _in_a_budget(found)
+    for series in Series:
+        if series not in (Series.ROUNDED, Series.CACHE):
+            yield from _beside_rounding(found, series)
     yield from _memory(found)
     yield _speed(found)
+
+
+def sentences_on_encoder(found: Results) -> Iterator[str]:
+    """About the sentence encoder's rows."""
+    largest = max(row.wire_bytes for row in found.encoders)
+    for row in found.encoders:
+        if row.wire_bytes < largest:
+            yield (
+                f"**{row.name}** is {largest / row.wire_bytes:.1f} times smaller on the wire than the largest row; its "
+                f"embeddings keep a cosine of {row.cosine_mean:.3f} in the mean and {row.cosine_least:.3f} at least."
+            )
 
 
 def _smallest(found: Results) -> Iterator[str]:
@@ -43,6 +56,18 @@ def _front(found: Results) -> str:
     return f"{len(on)} of {len(found.decoders)} are on the front: {', '.join(row.name for row in ordered)}."
 
 
+def _in_a_budget(found: Results) -> Iterator[str]:
+    """What a budget makes of the bytes that a rounded row takes."""
+    for row in found.decoders:
+        fitting = [one for one in found.decoders if one.series is Series.BUDGET and one.wire_bytes <= row.wire_bytes]
+        best = min(fitting, key=lambda one: one.perplexity, default=row)
+        if row.series is Series.ROUNDED and best.perplexity < row.perplexity and row.wire_bytes <= 2 * best.wire_bytes:
+            yield (
+                f"{row.name} takes {row.wire_bytes / 1e6:.2f} MB for a perplexity of {row.perplexity:.1f}; {best.name} "
+                f"takes {best.wire_bytes / 1e6:.2f} MB for {best.perplexity:.1f}."
+            )
+
+
 def _beside_rounding(found: Results, series: Series) -> Iterator[str]:
     """How a series stands to rounding alone: how many of its rows no rounded one beats."""
     rounded = [row for row in found.decoders if row.series is Series.ROUNDED]
@@ -50,7 +75,7 @@ def _beside_rounding(found: Results, series: Series) -> Iterator[str]:
     if not rows:
         return
     ahead = [row.name for row in rows if not any(_beats(other, row) for other in rounded)]
-    said = f"no rounded row beats {', '.join(ahead)}" if ahead else "each is beaten by one that is only rounded"
+    said = f"no rounded row beats {', '.join(ahead)}" if ahead else "rounded ones beat all of them"
     yield f"{series.capitalize()}, {len(rows)} row{'s' if len(rows) > 1 else ''}: {said}."
 
 

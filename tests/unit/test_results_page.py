@@ -1,12 +1,14 @@
 """docs/results.md is what scripts/results makes of its recipes: none without a run, marks and pictures by figures."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -18,8 +20,12 @@ from benchmarks.results.labels import Box, Sheet, between
 from benchmarks.results.making import Maker
 from benchmarks.results.page import DECODER_COLUMNS, ENCODER_COLUMNS, FRONT, MARK, PAGE, render_page
 from benchmarks.results.picture import PICTURES
-from benchmarks.results.recipes import ENCODER_PRECISIONS, RECIPES, Recipe, Series, built
+from benchmarks.results.quality import judge_version, respelled
+from benchmarks.results.recipes import ENCODERS, RECIPES, Recipe, Series, built
 from benchmarks.results.sentences import sentences_on
+from forge.build import build_version
+from forge.quantise import Precision
+from forge.trim import trim_checkpoint
 from wire.errors import ConfigError
 
 DOCS = PROJECT / "docs"
@@ -40,18 +46,19 @@ def table_with(heading: str) -> list[dict[str, str]]:
 
 
 def test_every_recipe_was_run_as_it_stands_in_the_list() -> None:
-    assert [(row.name, row.series, row.commands) for row in COMMITTED.decoders] == [
-        (recipe.name, recipe.series, recipe.steps) for recipe in RECIPES
-    ], "the recipes changed: run scripts/results --train again"
-    assert tuple(row.name for row in COMMITTED.encoders) == ENCODER_PRECISIONS
-    assert len({recipe.name for recipe in RECIPES}) == len(RECIPES)
+    for rows, recipes in ((COMMITTED.decoders, RECIPES), (COMMITTED.encoders, ENCODERS)):
+        assert [(row.name, row.series, row.commands) for row in rows] == [
+            (recipe.name, recipe.series, recipe.steps) for recipe in recipes
+        ], "the recipes changed: run scripts/results --train again"
+        assert len({recipe.name for recipe in recipes}) == len(recipes)
 
 
 def test_page_is_what_its_figures_make() -> None:
     assert render_page(COMMITTED) == TEXT, "write it with scripts/results --page"
     assert list(table_with("recipe")[0]) == [*DECODER_COLUMNS, FRONT]
     assert [row["recipe"] for row in table_with("recipe")] == [recipe.name for recipe in RECIPES]
-    assert list(table_with("precision")[0]) == [*ENCODER_COLUMNS]
+    assert list(table_with("encoder")[0]) == [*ENCODER_COLUMNS]
+    assert [row["encoder"] for row in table_with("encoder")] == [recipe.name for recipe in ENCODERS]
 
 
 def test_marks_follow_from_the_figures_that_the_page_shows() -> None:
@@ -127,17 +134,37 @@ def test_recipe_is_made_and_measured(tmp_path: Path) -> None:
         Recipe("zeros in ternary", Series.PRUNED, (pruning, built("ternary")), source),
     ]
     (tmp_path / "work").mkdir()
-    maker = Maker(tmp_path / "work", {})
+    maker = Maker(tmp_path / "work", {}, lambda _: None)
     made = [maker.make(recipe) for recipe in recipes]
     assert len(list((tmp_path / "work").iterdir())) == 4, "three versions, of which two share the pruning"
     windows = tmp_path / "windows.json"
     windows.write_text(json.dumps({"tokens": [list(range(3, 40))]}))
-    zeros, dense = measure_decoders(made[:2], windows, 1, 5, lambda _: None)
+    zeros, dense = measure_decoders(made[:2], windows, 5, lambda _: None)
     assert dense.weights == 4096 * 64 + 64 + 2 * (12 * 32 * 32 + 3 * 96 * 64 + 2 * 64)
     assert dense.wire_bytes > zeros.wire_bytes
     assert dense.disk_bytes > dense.wire_bytes
     assert dense.cache_bytes == 2 * 2 * 2 * 16 * 256 * 4
     assert dense.ram_bytes > dense.cache_bytes
     assert dense.perplexity > 1000
+    assert dense.bits_per_byte > 1
+    assert dense.kl_nats is not None
     assert dense.kl_nats > 1
     assert dense.speed > 0
+
+
+def test_version_with_fewer_tokens_is_judged_on_the_same_bytes(tmp_path: Path) -> None:
+    source = tiny_llama(tmp_path / "source")
+    trim_checkpoint(source, tmp_path / "fewer", 400)
+    for folder in ("source", "fewer"):
+        build_version(tmp_path / folder, tmp_path / f"{folder}-version", ("tiny", "1"), precision=Precision.FLOAT32)
+    windows = tmp_path / "windows.json"
+    window = [0, *range(200, 230), 2000, 4000]
+    windows.write_text(json.dumps({"tokens": [window]}))
+    whole, own = (Tokenizer.from_file(str(tmp_path / folder / "tokenizer.json")) for folder in ("source", "fewer"))
+    spelled = respelled(window, whole, own)
+    assert len(spelled) > len(window)
+    assert own.decode(spelled) == whole.decode(window)
+    before, after = (judge_version(tmp_path / f"{folder}-version", windows) for folder in ("source", "fewer"))
+    assert before.bits_per_byte / math.log2(before.perplexity) == after.bits_per_byte / math.log2(after.perplexity)
+    assert before.kl_nats is not None
+    assert after.kl_nats is None

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from runtime.integer_matmul import COLUMNS, DOMAIN, NAME, OPSETS, function
 from runtime.integer_weights import by_longer_blocks, by_output, longest_block
 from runtime.protobuf import encoded, fields, parts, text
-from wire.errors import ArtifactError, Code
+from wire.errors import ArtifactError, Code, DeployError
 from wire.serving import IntegerReading
 
 BITS = (4, 8)
@@ -58,7 +58,10 @@ class _Node:
 
 
 def integer_graph(model: bytes, weights: NDArray[np.uint8], what: IntegerReading) -> Derived:
-    """`model`, whose weights.bin is `weights`, up to rounding. Raises ArtifactError(corrupt)."""
+    """`model`, whose weights.bin is `weights`, up to rounding.
+
+    Raises ArtifactError(corrupt), and DeployError(load_failed) where it has no matrix to rewrite.
+    """
     written: list[bytes] = []
     tensors: Tensors = {}
     for number, value, whole in fields(memoryview(model)):
@@ -66,6 +69,8 @@ def integer_graph(model: bytes, weights: NDArray[np.uint8], what: IntegerReading
             written.append(encoded(_GRAPH, _rewritten(value, weights, what, tensors)))
         else:
             written.append(bytes(whole))
+    if not tensors:
+        raise DeployError(Code.LOAD_FAILED, "the version has no matrix of 4 or 8 bits to read with 8-bit integers")
     opset = encoded(1, DOMAIN) + encoded(2, OPSETS[DOMAIN])
     return Derived(b"".join([*written, encoded(_OPSET, opset), encoded(_FUNCTION, function())]), tensors)
 

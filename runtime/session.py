@@ -87,7 +87,7 @@ class _Graph:
 
 
 def _graph(version: Path, name: str, options: ExecutionOptions) -> _Graph:
-    """The graph of a version, or what is derived of it for the session `name`. Raises ArtifactError(corrupt)."""
+    """The graph of a version, or what is derived of it for the session `name`; raises as integer_graph does."""
     path = version / GRAPH_FILE
     if name != READING or options.integer_reading is None:
         return _Graph(path)

@@ -1,11 +1,11 @@
 """A version under measurement, by its kind: how the probe judges it and how fast it is."""
 
-import platform
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, Self
 
+from runtime.cpu import detect_cpu
 from runtime.encoder import Encoder
 from runtime.golden import Judgement, judge_encoder, judge_model, read_embeddings, read_golden, run_prompt
 from runtime.golden_graph import golden_feeds, judge_graph, read_tensors_golden
@@ -13,7 +13,7 @@ from runtime.graph import Graph
 from runtime.model import PREFILL_TOKENS, WIDE_TOKENS, Model
 from runtime.slab import Shape
 from runtime.text import Text
-from runtime.ways import FLOAT_ACTIVATIONS, INTEGER_READING, READING_SESSION, WHOLE_ATTENTION, Way
+from runtime.ways import FLOAT_ACTIVATIONS, WHOLE_ATTENTION, Way, reading_sessions
 from wire.errors import Code, DeployError
 from wire.golden import EmbeddingSet, GoldenSet, TensorSet
 from wire.manifest import DecoderConfig, EncoderConfig, GraphConfig, VersionDocument
@@ -98,8 +98,7 @@ class DecoderSubject:
         reads_so = FLOAT_ACTIVATIONS.items() <= self.options.session_config.items()
         if not apart or reads_so or self.model.shape.capacity <= WIDE_TOKENS:
             return [(WHOLE_ATTENTION,)]
-        kernels = [(READING_SESSION,)] if platform.machine() == "x86_64" else []
-        return [(WHOLE_ATTENTION,), *kernels, INTEGER_READING]
+        return [(WHOLE_ATTENTION,), *reading_sessions(detect_cpu())]
 
     def again(self, options: ExecutionOptions, packed: Path | None = None) -> Self:
         """Raises DeployError(load_failed)."""

@@ -65,6 +65,16 @@ def kernel_ways(cpu: Cpu) -> list[Way]:
     return [WITHOUT_KLEIDIAI, *([BFLOAT16] if "bf16" in cpu.features else [])]
 
 
+def reading_sessions(cpu: Cpu) -> list[tuple[Way, ...]]:
+    """Sessions that read prompts in other ways, of each group the first that is better.
+
+    x86 without VNNI adds products of 8 bits in 16, which can overflow (docs/adr/0012): none has 8-bit matrices there.
+    """
+    x86 = cpu.machine == "x86_64"
+    whole = not x86 or any(name in cpu.features for name in ("avx_vnni", "avx512_vnni", "amx_int8"))
+    return [*([(READING_SESSION,)] if x86 else []), *([INTEGER_READING] if whole else [])]
+
+
 def remedies(cpu: Cpu) -> list[Way]:
     """Ways that may be right where the usual one is not, because they round less (onnxruntime issue 29849)."""
     return [WITHOUT_KLEIDIAI] if cpu.machine == "aarch64" else [FLOAT_EVERYWHERE]

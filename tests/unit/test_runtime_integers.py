@@ -15,12 +15,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from runtime_fixtures import base_version
 
+from runtime.cpu import Cpu
 from runtime.integer_graph import integer_graph
 from runtime.integer_matmul import DOMAIN, NAME, OPSETS, function
 from runtime.integer_weights import SLAB_WEIGHTS, by_longer_blocks, by_output
 from runtime.model import PREFILL_TOKENS, Model
 from runtime.slab import Shape
-from wire.errors import ArtifactError, Code
+from runtime.ways import INTEGER_READING, reading_sessions
+from wire.errors import ArtifactError, Code, DeployError
 from wire.serving import ExecutionOptions, IntegerReading
 
 TOLERANCE = 0.05
@@ -135,7 +137,20 @@ def test_weights_outside_of_their_file_are_refused() -> None:
     assert refusal.value.code is Code.CORRUPT
 
 
-def test_matrices_whose_weights_are_no_constants_stay() -> None:
+def test_graph_without_a_matrix_to_rewrite_is_no_way_to_read() -> None:
     model = ModelProto.FromString(GRAPH)
     del model.graph.initializer[:]
-    assert not integer_graph(model.SerializeToString(), WEIGHTS, IntegerReading.ALL).tensors
+    with pytest.raises(DeployError) as refusal:
+        integer_graph(model.SerializeToString(), WEIGHTS, IntegerReading.ALL)
+    assert refusal.value.code is Code.LOAD_FAILED
+
+
+@pytest.mark.parametrize(
+    ("cpu", "tried"),
+    [
+        (Cpu("x86_64", "zen-4", ("avx2", "avx512_vnni")), True), (Cpu("x86_64", "haswell", ("avx2",)), False),
+        (Cpu("aarch64", "neoverse-n1", ()), True),
+    ],
+)  # fmt: skip
+def test_integers_are_tried_only_where_their_products_are_added_whole(cpu: Cpu, tried: bool) -> None:
+    assert (INTEGER_READING in reading_sessions(cpu)) is tried

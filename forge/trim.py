@@ -88,21 +88,28 @@ def _needed(settings: Mapping[str, Mapping[str, Any]], vocabulary: Vocabulary) -
 def _tokens(fields: Mapping[str, Any]) -> Iterator[int]:
     for name, value in fields.items():
         if name.endswith(NUMBERED) and value is not None:
-            yield from value if isinstance(value, list) else [value]
+            yield from (token for token in _listed(name, value) if token >= 0)
     yield from (int(number) for number in fields.get("added_tokens_decoder") or {})
 
 
 def _renumbered(fields: Mapping[str, Any], numbers: Mapping[int, int]) -> dict[str, Any]:
-    """A file with the new numbers."""
-
-    def renumber(value: Any) -> Any:
-        return [numbers[token] for token in value] if isinstance(value, list) else numbers[value]
-
-    numbered = {name: value for name, value in fields.items() if name.endswith(NUMBERED) and value is not None}
-    changed = {name: renumber(value) for name, value in numbered.items()}
+    """A file with the new numbers; those below 0 stand for no token and stay."""
+    changed: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name.endswith(NUMBERED) and value is not None:
+            moved = [numbers[token] if token >= 0 else token for token in _listed(name, value)]
+            changed[name] = moved if isinstance(value, list) else moved[0]
     if added := fields.get("added_tokens_decoder"):
         changed["added_tokens_decoder"] = {str(numbers[int(number)]): entry for number, entry in added.items()}
     return {**fields, **changed}
+
+
+def _listed(name: str, value: Any) -> list[int]:
+    """One token or a list of them. Raises ConfigError naming the field."""
+    tokens = value if isinstance(value, list) else [value]
+    if any(type(token) is not int for token in tokens):
+        raise ConfigError(f"{name} is no token and no list of them; take it from the same export as the weights")
+    return tokens
 
 
 def _paragraphs(texts: Sequence[Path]) -> Iterator[str]:

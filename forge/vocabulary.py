@@ -39,13 +39,17 @@ class Vocabulary:
     @cached_property
     def ids(self) -> dict[str, int]:
         """Numbers of all tokens, the added ones too."""
-        added = {str(entry["content"]): int(entry["id"]) for entry in self.fields["added_tokens"]}
+        added = {str(entry["content"]): int(entry["id"]) for entry in self._added}
         return {**self.fields["model"]["vocab"], **added}
+
+    @property
+    def _added(self) -> list[dict[str, Any]]:
+        return self.fields.get("added_tokens") or []
 
     def core(self, needed: Iterable[int]) -> list[str]:
         """What always stays: what texts need, added tokens, the unknown one and that of the padding, and the tokens
         numbered in `needed`."""
-        added = [str(entry["content"]) for entry in self.fields["added_tokens"]]
+        added = [str(entry["content"]) for entry in self._added]
         named = ((self.fields["model"], "unk_token"), (self.fields.get("padding") or {}, "pad_token"))
         special = [part[name] for part, name in named if part.get(name) in self.ids]
         names = {number: token for token, number in self.ids.items()}
@@ -72,7 +76,7 @@ class Vocabulary:
         fields = {
             **self.fields,
             "model": {**self.fields["model"], "vocab": vocabulary, **self.spelling.pairs_among(vocabulary)},
-            "added_tokens": [{**entry, "id": numbers[entry["content"]]} for entry in self.fields["added_tokens"]],
+            "added_tokens": [{**entry, "id": numbers[entry["content"]]} for entry in self._added],
             "post_processor": _renumbered(self.fields.get("post_processor"), numbers),
         }
         if padding := fields.get("padding"):

@@ -170,7 +170,9 @@ def source(tmp_path: Path) -> Path:
     folder = tiny_llama(tmp_path / "source")
     config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": [2, 4000], "pad_token_id": None}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 4000}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 0, "eos_token_id": 4000, "pad_token_id": -1})
+    )
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"added_tokens_decoder": {"2": {"content": "<|im_end|>"}}})
     )
@@ -216,7 +218,7 @@ def test_every_file_numbers_the_tokens_anew(source: Path, tmp_path: Path) -> Non
     assert config["vocab_size"] == small.get_vocab_size() == 300
     assert (config["bos_token_id"], config["pad_token_id"]) == (0, None)
     assert config["eos_token_id"] == [small.token_to_id("<|im_end|>"), small.token_to_id(name)]
-    assert generation == {"bos_token_id": 0, "eos_token_id": small.token_to_id(name)}
+    assert generation == {"bos_token_id": 0, "eos_token_id": small.token_to_id(name), "pad_token_id": -1}
     assert said == {"added_tokens_decoder": {str(small.token_to_id("<|im_end|>")): {"content": "<|im_end|>"}}}
 
 
@@ -272,6 +274,13 @@ def test_what_cannot_be_trimmed_is_refused_with_the_remedy(
     with pytest.raises(ConfigError, match=said):
         trim_checkpoint(source, tmp_path / "out", size)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("value", "said"), [("<s>", "bos_token_id is no token"), (5000, "token 5000 of the settings")])
+def test_settings_that_name_no_token_are_refused(source: Path, tmp_path: Path, value: object, said: str) -> None:
+    (source / "generation_config.json").write_text(json.dumps({"bos_token_id": value}))
+    with pytest.raises(ConfigError, match=said):
+        trim_checkpoint(source, tmp_path / "out", 400)
 
 
 def test_file_that_is_no_text_is_refused(source: Path, tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ import typer
 from rich.table import Table
 
 from cli.compilation import compile_, import_
-from cli.inspection import artifact_tables, artifacts_table, version_table
+from cli.inspection import artifact_tables, artifacts_table, provenance_table, version_table
 from cli.quantising import quantise
+from cli.recording import recorded
 from cli.shrinking import distil, prune, train_quantised, trim_vocabulary
 from cli.terminal import AsJson, console, print_figures, progress
 from codec.versions import VERSION_FILE, read_version
 from forge.artifact import Artifact, artifacts_in, read_artifact
+from forge.bounds import WINDOWS, Demand, parse_bounds
 from forge.build import build_version, parameters_of
 from forge.cache_scales import Int8Cache
 from forge.calibrated import round_checkpoint
@@ -22,7 +24,7 @@ from forge.evaluate import evaluate_version, read_windows
 from forge.extract import extract_artifact
 from forge.inspect import inspect_artifact
 from forge.picture import draw_layers
-from forge.provenance import read_provenance
+from forge.provenance import provenance_texts, read_provenance
 from forge.quantise import Precision
 from forge.release import ReleaseSummary, make_release
 from forge.rounding import Rounding
@@ -47,16 +49,17 @@ def _forge() -> None:
     """Turn a checkpoint into a signed release."""
 
 
-app.command()(prune)
-app.command()(quantise)
-app.command("trim-vocabulary")(trim_vocabulary)
-app.command()(distil)
-app.command("train-quantised")(train_quantised)
+app.command("prune")(recorded("prune")(prune))
+app.command("quantise")(recorded("quantise")(quantise))
+app.command("trim-vocabulary")(recorded("trim-vocabulary")(trim_vocabulary))
+app.command("distil")(recorded("distil")(distil))
+app.command("train-quantised")(recorded("train-quantised")(train_quantised))
 app.command("compile")(compile_)
 app.command("import")(import_)
 
 
 @app.command()
+@recorded("build")
 def build(
     source: Annotated[Path, typer.Argument(help="Folder with config.json, model.safetensors, tokenizer.json.")],
     name: Annotated[str, typer.Option(help="Name of the model, as applications will ask for it.")],
@@ -106,11 +109,22 @@ def release(
     sequence: Annotated[int, typer.Option(min=1, help="Counts up with every release of the model.")],
     out: Annotated[Path, typer.Option(help="New release directory.")],
     base: Annotated[Path | None, typer.Option(help="Version directory to make a delta from.")] = None,
+    min_quality: Annotated[
+        str | None, typer.Option(help="Refuse a worse one, for example kl=0.05,top1=0.85,perplexity-ratio=1.05.")
+    ] = None,
+    windows: Annotated[
+        Path | None, typer.Option(help="Token windows to measure on, as in samples/eval, for the manifest.")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="What it was built from, to measure against.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many windows.")] = WINDOWS,
     as_json: AsJson = False,
 ) -> None:
     """Pack and sign a version; with --base also as a delta."""
+    demand = Demand(windows, checkpoint, parse_bounds(min_quality) if min_quality is not None else None, limit)
     with progress() as report:
-        summary = make_release(version_dir, out, load_signer(key), sequence=sequence, base_dir=base, progress=report)
+        summary = make_release(
+            version_dir, out, load_signer(key), sequence=sequence, base_dir=base, demand=demand, progress=report
+        )
     if as_json:
         print(json.dumps(summary.as_json()))
         return
@@ -165,7 +179,7 @@ def inspect(
     elif plot is not None:
         raise ConfigError("a picture is drawn of one artifact; name its *.manifest.json")
     elif isinstance(found, VersionDocument):
-        print(found.model_dump_json(by_alias=True)) if as_json else console().print(version_table(found))
+        _show_version(found, target, as_json)
     elif as_json:
         with progress() as report:
             reports = [inspect_artifact(artifact, entropy=entropy, progress=report).as_json() for artifact in found]
@@ -203,6 +217,15 @@ def _find_one(target: Path) -> VersionDocument | Artifact | tuple[Artifact, ...]
         return read_version(target)
     artifacts = artifacts_in(target)
     return artifacts[0] if len(artifacts) == 1 else artifacts
+
+
+def _show_version(version: VersionDocument, directory: Path, as_json: bool) -> None:
+    if as_json:
+        print(version.model_dump_json(by_alias=True))
+        return
+    console().print(version_table(version))
+    if texts := provenance_texts(directory):
+        console().print(provenance_table(texts))
 
 
 def _inspect_artifact(artifact: Artifact, plot: Path | None, entropy: bool, as_json: bool) -> None:

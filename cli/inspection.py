@@ -1,5 +1,7 @@
 """What `amperage forge inspect` prints. Names come from files that nobody vouched for: they are shown, never obeyed."""
 
+from collections.abc import Mapping
+
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -40,8 +42,17 @@ def artifacts_table(artifacts: tuple[Artifact, ...]) -> Table:
 
 
 def artifact_tables(found: Inspection) -> Group:
-    """Identity, parts, kinds of planes, layers, codecs."""
-    return Group(_identity(found), _parts(found), _planes(found), _layers(found), _codecs(found))
+    """Identity, parts, kinds of planes, layers, codecs, and what the manifest tells beside."""
+    history = provenance_table({**{name: str(value) for name, value in found.quality.items()}, **found.provenance})
+    return Group(_identity(found), _parts(found), _planes(found), _layers(found), _codecs(found), history)
+
+
+def provenance_table(texts: Mapping[str, str]) -> Table:
+    """What is told of a version's quality and of where it comes from."""
+    table = Table("told", "", title="Quality and provenance", title_justify="left")
+    for name, text in texts.items():
+        table.add_row(cell(name), cell(text))
+    return table
 
 
 def _identity(found: Inspection) -> Table:

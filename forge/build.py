@@ -27,7 +27,7 @@ from forge.golden import golden_texts, make_embedding_set, make_golden
 from forge.graph import build_graph
 from forge.placer import Placer
 from forge.progress import Progress, silent
-from forge.provenance import LeastNoticed, Provenance, write_provenance
+from forge.provenance import PROVENANCE_FILE, LeastNoticed, Provenance, write_provenance
 from forge.quantise import BlockMatrix, Float, Precision
 from forge.reference import MODEL_FILE
 from forge.weights import WEIGHTS_FILE, writing_weights
@@ -96,11 +96,13 @@ def build_version(  # noqa: PLR0913  # each is a choice of the caller, three of 
 
 
 def reseal_version(directory: Path) -> VersionDocument:
-    """Write version.json anew after files were changed; names, sizes and tensors must be as before."""
+    """Write version.json anew after files were changed; names, sizes and tensors must be as before. Where the version
+    came from is forgotten: it is not what that made."""
     old = read_version(directory)
     names = tuple(entry.path for entry in old.files)
     document = describe_version(directory, (old.model, old.version, old.config), old.tensors, names)
     (directory / VERSION_FILE).write_bytes(encode_document(document))
+    (directory / PROVENANCE_FILE).unlink(missing_ok=True)
     return document
 
 

@@ -73,6 +73,9 @@ class Inspection:
     layers: tuple[LayerCost, ...]
     codecs: dict[str, CodecShare]
     operations: dict[str, int]
+    quality: dict[str, Any]
+    """Figures that the manifest tells."""
+    provenance: dict[str, str]
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values, with bits per weight."""
@@ -116,6 +119,8 @@ def inspect_artifact(artifact: Artifact, *, entropy: bool = True, progress: Prog
         layers=tuple(_layers(tensors, weights)),
         codecs=_add_codecs(planes),
         operations=_count_operations(planes),
+        quality=manifest.quality.model_dump(exclude_none=True),
+        provenance=manifest.provenance,
     )
 
 

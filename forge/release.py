@@ -11,8 +11,10 @@ from typing import Any
 
 from codec.encoder import EncodedPack, PlaneFigures, encode_pack
 from codec.versions import read_version
+from forge.bounds import Demand, measure_quality
 from forge.build import parameters_of
 from forge.progress import Progress, silent
+from forge.provenance import provenance_texts
 from host.keys import Signer
 from wire.digest import digest_of
 from wire.documents import DOCUMENT_LIMIT_BYTES, encode_document
@@ -29,6 +31,17 @@ MIXED = "mixed-block32"
 """Of layers whose matrices differ."""
 RAM_FACTOR = 2.5
 """Weights mapped, weights repacked by onnxruntime (up to 2.2 times), and a KV cache: what a node should have free."""
+
+
+NO_DEMAND = Demand()
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What manifests say for people."""
+
+    quality: Quality
+    provenance: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +74,28 @@ def make_release(  # noqa: PLR0913  # each is a choice of the caller, four of th
     *,
     sequence: int,
     base_dir: Path | None = None,
+    demand: Demand = NO_DEMAND,
     progress: Progress = silent,
 ) -> ReleaseSummary:
     """Pack and sign the version in `version_dir` into the new directory `out`, with a delta from `base_dir`.
 
-    Raises ConfigError when `out` exists, ArtifactError when the version is not what its document says.
+    Raises ConfigError when `out` exists, ArtifactError when the version is not what its document says or worse than
+    `demand` allows, and then leaves nothing behind.
     """
     if out.exists():
         raise ConfigError(f"{out} exists; remove it or choose another place for the release")
     version = read_version(version_dir)
     check_version_files(version, version_dir)
+    told = _Told(measure_quality(version_dir, demand, progress), provenance_texts(version_dir))
     temporary = out.with_name(f".{out.name}.packing")
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
-    full, full_pack = _make_artifact(version, version_dir, temporary, None, progress)
+    full, full_pack = _make_artifact(version, version_dir, temporary, None, told, progress)
     delta = None
     if base_dir is not None:
-        delta = _make_artifact(version, version_dir, temporary, (read_version(base_dir), base_dir), progress)[0]
+        base = (read_version(base_dir), base_dir)
+        delta = _make_artifact(version, version_dir, temporary, base, told, progress)[0]
     envelope = signer.sign(Role.RELEASE, encode_document(_release(version, sequence, full, delta)))
     (temporary / RELEASE_FILE).write_bytes(envelope)
     temporary.rename(out)
@@ -95,17 +112,19 @@ def check_version_files(version: VersionDocument, directory: Path) -> None:
                 )
 
 
-def _make_artifact(
+def _make_artifact(  # noqa: PLR0913  # each is another part of the manifest
     version: VersionDocument,
     directory: Path,
     out: Path,
     base: tuple[VersionDocument, Path] | None,
+    told: _Told,
     progress: Progress,
 ) -> tuple[ArtifactRef | DeltaRef, EncodedPack]:
     """Encode one artifact into `out`, its files named by the manifest's digest."""
     scratch = out / ".pack"
     what = "pack" if base is None else "pack the delta"
     encoded = encode_pack(version, directory, scratch, base=base, progress=partial(progress, what))
+    bits = round(8 * encoded.pack_size_bytes / parameters_of(version), 4)
     manifest = Manifest(
         decoded=version.decoded_digest(),
         version=version,
@@ -116,9 +135,11 @@ def _make_artifact(
         pack_size_bytes=encoded.pack_size_bytes,
         golden=next(entry.sha256 for entry in version.files if entry.path == GOLDEN_FILE),
         requirements=_requirements(version),
-        quality=Quality(bits_per_weight=round(8 * encoded.pack_size_bytes / parameters_of(version), 4)),
-        provenance={"forge": package_version("amperage"), "onnxruntime": package_version("onnxruntime")},
-    )
+        quality=told.quality.model_copy(update={"bits_per_weight": bits}),
+        provenance={
+            "forge": package_version("amperage"), "onnxruntime": package_version("onnxruntime"), **told.provenance,
+        },
+    )  # fmt: skip
     document = encode_document(manifest)
     if len(document) > DOCUMENT_LIMIT_BYTES:
         raise ArtifactError(

@@ -23,7 +23,7 @@ from forge.build import build_version
 from forge.encoder_checkpoint import EncoderCheckpoint
 from forge.encoder_graph import EncoderLayer, EncoderWeights, Linear, Norm
 from forge.encoder_weights import place_encoder
-from forge.graph import CONTRIB, GraphBuilder, Matrix
+from forge.graph_builder import CONTRIB, GraphBuilder, Matrix
 from forge.placer import Placer
 from forge.quantise import Precision
 from forge.reference import MODEL_FILE

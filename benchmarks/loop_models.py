@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
 
-from forge.graph import GraphBuilder
+from forge.graph_builder import GraphBuilder
 
 HIDDEN, WIDTH = 64, 32
 STEPS, TURNS = 32, 8

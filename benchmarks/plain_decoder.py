@@ -13,7 +13,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from forge.checkpoint import Architecture, Checkpoint
-from forge.graph import GraphBuilder
+from forge.graph_builder import GraphBuilder
 from forge.placer import Placer
 from forge.quantise import Precision
 from forge.reference import MODEL_FILE

@@ -81,7 +81,7 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Import a checkpoint of a decoder or a sentence encoder, quantise it, write the version directory."""
-    calibrated = rounding is not Rounding.NEAREST
+    calibrated = rounding is not Rounding.NEAREST or precision is Precision.INT8_STATIC
     if calibration is not None and not calibrated and kv_cache is CacheType.FLOAT32:
         raise ConfigError("nothing here is calibrated; leave --calibration out, or add --rounding or --kv-cache int8")
     if calibrated and scales_of is not None:

@@ -25,10 +25,10 @@ from forge.encoder_graph import build_encoder_graph
 from forge.encoder_weights import place_encoder
 from forge.golden import golden_texts, make_embedding_set, make_golden
 from forge.graph import build_graph
-from forge.placer import Placer
+from forge.placer import Placer, Rounded
 from forge.progress import Progress, silent
 from forge.provenance import PROVENANCE_FILE, LeastNoticed, Provenance, write_provenance
-from forge.quantise import BlockMatrix, Float, Precision
+from forge.quantise import Float, Precision
 from forge.reference import MODEL_FILE
 from forge.weights import WEIGHTS_FILE, writing_weights
 from wire.documents import encode_document
@@ -61,7 +61,7 @@ PLAIN_TEMPLATE = "{%- for message in messages -%}{{ message['content'] }}{{ '\\n
 
 def build_version(  # noqa: PLR0913  # each is a choice of the caller, three of them by name
     source: Path, out: Path, named: tuple[str, str], *, precision: Precision | None = None,
-    rounded: Mapping[str, BlockMatrix] | None = None, scales_of: Path | None = None, cache: Int8Cache | None = None,
+    rounded: Rounded | None = None, scales_of: Path | None = None, cache: Int8Cache | None = None,
     progress: Progress = silent,
 ) -> VersionDocument:  # fmt: skip
     """Build the version directory `out` from the checkpoint `source`; `named` is (model, version). `precision` None is
@@ -122,7 +122,7 @@ class _Choices:
     """What the caller wants of a build."""
 
     precision: Precision | None
-    rounded: Mapping[str, BlockMatrix]
+    rounded: Rounded
     base_scales: Mapping[str, Float]
     cache: Int8Cache | None
     progress: Progress
@@ -130,6 +130,8 @@ class _Choices:
 
 def _make_decoder(source: Path, out: Path, choices: _Choices) -> tuple[ModelConfig, TensorColumns]:
     """Weights, graph, tokenizer and chat template, the plain one when the checkpoint has none."""
+    if choices.precision is Precision.INT8_STATIC and not choices.rounded:
+        raise ConfigError("int8-static needs text to calibrate on; build it by `amperage forge build`, or take int8")
     checkpoint = Checkpoint(source)
     a, progress = checkpoint.architecture, choices.progress
     _copy_tokenizer(source, out)

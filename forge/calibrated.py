@@ -8,12 +8,14 @@ from tokenizers import Tokenizer
 
 from forge.build import DECODER_PRECISION, TOKENIZER_FILE, build_version
 from forge.golden import PROMPTS
-from forge.moments import measure_moments
+from forge.moments import measure_largest, measure_moments
 from forge.open_model import EMBEDDING, HEAD, open_model
 from forge.own_text import OWN_TOKENS, continue_prompts
+from forge.placer import Rounded
 from forge.progress import Progress
 from forge.quantise import BlockMatrix, Precision
 from forge.rounding import Grid, Rounding, round_matrix
+from forge.static import StaticMatrix, static_matrix
 from runtime.cpu import allowed_threads
 from runtime.model import Model
 from runtime.slab import Shape
@@ -25,24 +27,29 @@ from wire.serving import ExecutionOptions
 def round_checkpoint(
     source: Path, precision: Precision | None, rounding: Rounding, windows: Sequence[Sequence[int]] | None,
     progress: Progress,
-) -> dict[str, BlockMatrix]:  # fmt: skip
-    """All matrices of the decoder `source` in `precision` (None: the usual), by the names that they are placed under;
-    tables in their own. `windows` of tokens calibrate, None lets the model write its own.
+) -> Rounded:  # fmt: skip
+    """All matrices of the decoder `source` in `precision` (None: the usual), tables in their own. `windows` of tokens
+    calibrate, None lets the model write its own.
 
     Raises ConfigError when the rounding does not fit the precision, or windows the model.
     """
     chosen = precision or DECODER_PRECISION
-    if chosen is Precision.FLOAT32:
-        raise ConfigError(f"float32 rounds nothing; leave --rounding {rounding} out")
+    static = chosen is Precision.INT8_STATIC
+    if chosen is Precision.FLOAT32 or (static and rounding is not Rounding.NEAREST):
+        raise ConfigError(f"{chosen} has no other rounding than the nearest; leave --rounding {rounding} out")
     texts = windows or own_windows(source, progress)
     with open_model(source) as model:
         model.check_windows(texts)
-        moments = measure_moments(model, texts, progress)
-        rounded = {}
+        seen = (measure_largest if static else measure_moments)(model, texts, progress)
+        rounded: dict[str, BlockMatrix | StaticMatrix] = {}
         for number, name in enumerate(model.names):
             progress("round", number, len(model.names))
-            grid = Grid(chosen.of_tables if name in (EMBEDDING, HEAD) else chosen)
-            rounded[name] = round_matrix(name, model.matrix(name), grid, rounding, moments.get(name))
+            weights, table = model.matrix(name), name in (EMBEDDING, HEAD)
+            if static and not table:
+                rounded[name] = static_matrix(weights, seen[name])
+                continue
+            grid = Grid(chosen.of_tables if table else chosen)
+            rounded[name] = round_matrix(name, weights, grid, rounding, seen.get(name))
     return rounded
 
 

@@ -56,10 +56,10 @@ def _place_layer(checkpoint: Checkpoint, placer: Placer, i: int) -> Layer:
     )
     return Layer(
         input_norm=placer.vector(f"{name}.input_norm", norm("input_layernorm")),
-        qkv=placer.matrix(f"{name}.qkv", qkv),
-        output=placer.matrix(f"{name}.output", read("self_attn.o_proj", a.hidden_size, q)),
+        qkv=placer.product(f"{name}.qkv", qkv),
+        output=placer.product(f"{name}.output", read("self_attn.o_proj", a.hidden_size, q)),
         post_norm=placer.vector(f"{name}.post_norm", norm("post_attention_layernorm")),
-        gate_up=placer.matrix(f"{name}.gate_up", gate_up),
-        down=placer.matrix(f"{name}.down", read("mlp.down_proj", a.hidden_size, a.mlp_size)),
+        gate_up=placer.product(f"{name}.gate_up", gate_up),
+        down=placer.product(f"{name}.down", read("mlp.down_proj", a.hidden_size, a.mlp_size)),
         **extra,
     )

@@ -15,8 +15,8 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
 from forge.encoder_checkpoint import EncoderArchitecture
-from forge.graph import CONTRIB, GraphBuilder, Matrix
-from forge.integers import IntegerMatrix, multiply_integers
+from forge.graph_builder import CONTRIB, GraphBuilder, Matrix
+from forge.integers import IntegerMatrix, multiply
 from forge.weights import Placed
 from wire.manifest import Pooling
 
@@ -30,7 +30,7 @@ class _EncoderBuilder(GraphBuilder):
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A matrix with its bias [rows]."""
+    """A matrix with its bias [rows], which a later operation adds."""
 
     matrix: Matrix | IntegerMatrix
     bias: Placed
@@ -77,13 +77,13 @@ def build_encoder_graph(architecture: EncoderArchitecture, weights: EncoderWeigh
     for i, layer in enumerate(weights.layers):
         name = f"layers.{i}"
         attended = _attention(b, f"{name}.attention", rows, layer)
-        added = _multiply(b, f"{name}.output", attended, layer.output)
+        added = multiply(b, f"{name}.output", attended, layer.output.matrix)
         rows = _norm(b, mlp_source(i), [added, rows], layer.attention_norm, layer.output.bias)
-        up = _multiply(b, f"{name}.up", rows, layer.up)
+        up = multiply(b, f"{name}.up", rows, layer.up.matrix)
         active = b.node(
             architecture.activation, [up, b.vector(f"{name}.up.bias", layer.up.bias)], [f"{name}.active"], CONTRIB
         )
-        added = _multiply(b, f"{name}.down", active, layer.down)
+        added = multiply(b, f"{name}.down", active, layer.down.matrix)
         rows = _norm(b, attention_source(i + 1), [added, rows], layer.mlp_norm, layer.down.bias)
     _pool(b, rows)
     texts: list[str | int | None] = ["B", "S"]
@@ -100,13 +100,6 @@ def attention_source(layer: int) -> str:
 def mlp_source(layer: int) -> str:
     """Name of what a layer's MLP begins with."""
     return f"layers.{layer}.attention_norm"
-
-
-def _multiply(b: GraphBuilder, name: str, source: str, linear: Linear) -> str:
-    """Without the bias, which a later operation adds."""
-    if isinstance(linear.matrix, IntegerMatrix):
-        return multiply_integers(b, name, source, linear.matrix)
-    return b.matmul(name, source, linear.matrix)
 
 
 def _find_rows(b: GraphBuilder) -> None:
@@ -144,7 +137,7 @@ def _norm(b: _EncoderBuilder, name: str, sources: list[str], norm: Norm, bias: P
 
 def _attention(b: _EncoderBuilder, name: str, rows: str, layer: EncoderLayer) -> str:
     """Attention of every token to the tokens of its text."""
-    qkv = _multiply(b, f"{name}.qkv", rows, layer.qkv)
+    qkv = multiply(b, f"{name}.qkv", rows, layer.qkv.matrix)
     b.node("Gather", [qkv, "spread"], [f"{name}.spread"], axis=0)
     parts = [f"{name}.{part}" for part in ("query", "key", "value")]
     b.node("Split", [f"{name}.spread"], parts, axis=-1, num_outputs=3)

@@ -1,27 +1,20 @@
 """The ONNX graph of a decoder of the Llama kind after the graph contract (docs/design.md section 6).
 
-Ops beyond the ONNX standard are onnxruntime's (domain com.microsoft, docs/ContribOperators.md there): MatMulNBits,
-GroupQueryAttention with rotary inside, GatherBlockQuantized, SkipSimplifiedLayerNormalization, QuickGelu. The rotary
-tables are computed in the graph from one small constant, because onnxruntime folds them at load and 4 bytes per entry
-of incompressible table would cost a small model several per cent of its wire.
+Beside those of forge/graph_builder.py, ops beyond the ONNX standard are GroupQueryAttention with rotary inside,
+SkipSimplifiedLayerNormalization and QuickGelu. The rotary tables are computed in the graph from one small constant,
+because onnxruntime folds them at load and 4 bytes per entry of incompressible table would cost a small model several
+per cent of its wire.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper
 
 from forge.checkpoint import Architecture
-from forge.quantise import BLOCK
+from forge.graph_builder import CONTRIB, GraphBuilder, Matrix
+from forge.integers import IntegerMatrix, multiply
 from forge.weights import Placed
-
-CONTRIB = "com.microsoft"
-OPSET = 21
-IR_VERSION = 10  # of ONNX 1.16: what onnxruntime >= 1.18 reads
-INT8_ACTIVATIONS = 4
-"""MatMulNBits accuracy_level: activations are quantised to int8, which the fast kernels of every CPU need."""
-
 
 FLOAT_ATTENTION_INPUTS = 9
 """Inputs of GroupQueryAttention with a float32 cache; with an int8 cache positions, bias and sink follow, all left out,
@@ -29,83 +22,6 @@ and then the scales."""
 ROTARY_FREQUENCIES, ROTARY_LIMIT = "rotary.inverse_frequency", "rotary.limit"
 """Constants that the rotary tables are made of: float32 [1, head_size / 2], and how many positions."""
 CACHE_ATTRIBUTES = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """A matrix [rows, columns] in weights.bin: quantised (`packed`, `scales`) or float32 (`dense`), which is stored
-    transposed unless its rows are looked up."""
-
-    rows: int
-    columns: int
-    bits: int = 4
-    """Of a quantised weight."""
-    packed: Placed | None = None
-    scales: Placed | None = None
-    dense: Placed | None = None
-
-
-@dataclass(slots=True)
-class GraphBuilder:
-    """Collects nodes and initializers; names of values are the names of the modules in the checkpoint."""
-
-    nodes: list[NodeProto] = field(default_factory=list)
-    initializers: list[TensorProto] = field(default_factory=list)
-
-    def node(self, kind: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Any) -> str:
-        """Add a node; returns its first output."""
-        name = f"{outputs[0]}/{kind}"
-        self.nodes.append(helper.make_node(kind, inputs, outputs, name=name, domain=domain, **attributes))
-        return outputs[0]
-
-    def constant(self, name: str, value: Any, dtype: Any) -> str:
-        """Add a small constant inside the graph file."""
-        self.initializers.append(numpy_helper.from_array(np.asarray(value, dtype), name))
-        return name
-
-    def vector(self, name: str, placed: Placed) -> str:
-        """Add a float32 vector from weights.bin."""
-        self.initializers.append(placed.initializer(name, TensorProto.FLOAT, placed.shape))
-        return name
-
-    def matmul(self, name: str, source: str, matrix: Matrix) -> str:
-        """source [..., columns] times the transposed matrix: [..., rows]."""
-        if matrix.packed is None or matrix.scales is None:
-            assert matrix.dense is not None  # noqa: S101  a Matrix has one form or the other
-            shape = (matrix.columns, matrix.rows)
-            self.initializers.append(matrix.dense.initializer(f"{name}.weight", TensorProto.FLOAT, shape))
-            return self.node("MatMul", [source, f"{name}.weight"], [name])
-        blocks = matrix.columns // BLOCK
-        stored = (matrix.rows, blocks, BLOCK * matrix.bits // 8)
-        quantised = matrix.packed.initializer(f"{name}.packed", TensorProto.UINT8, stored)
-        scales = matrix.scales.initializer(f"{name}.scales", TensorProto.FLOAT, (matrix.rows, blocks))
-        self.initializers += [quantised, scales]
-        return self.node(
-            "MatMulNBits", [source, quantised.name, scales.name], [name], CONTRIB, K=matrix.columns, N=matrix.rows,
-            bits=matrix.bits, block_size=BLOCK, accuracy_level=INT8_ACTIVATIONS,
-        )  # fmt: skip
-
-    def embed(self, name: str, ids: str, matrix: Matrix) -> str:
-        """Rows of the matrix by `ids` [B, S]: [B, S, columns]. Quantised data is read where the LM head reads it."""
-        if matrix.packed is None or matrix.scales is None:
-            assert matrix.dense is not None  # noqa: S101  a Matrix has one form or the other
-            table = matrix.dense.initializer(f"{name}.table", TensorProto.FLOAT, matrix.dense.shape)
-            self.initializers.append(table)
-            return self.node("Gather", [table.name, ids], [name], axis=0)
-        stored = (matrix.rows, matrix.columns * matrix.bits // 8)
-        packed = matrix.packed.initializer(f"{name}.packed", TensorProto.UINT8, stored)
-        scales = matrix.scales.initializer(f"{name}.scales", TensorProto.FLOAT, (matrix.rows, matrix.columns // BLOCK))
-        self.initializers += [packed, scales]
-        return self.node(
-            "GatherBlockQuantized", [packed.name, ids, scales.name], [name], CONTRIB, bits=matrix.bits,
-            block_size=BLOCK, gather_axis=0, quantize_axis=1,
-        )  # fmt: skip
-
-    def model(self, name: str, inputs: list[ValueInfoProto], outputs: list[ValueInfoProto]) -> ModelProto:
-        """The graph of everything that was added."""
-        graph = helper.make_graph(self.nodes, name, inputs, outputs, self.initializers)
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="amperage")
 
 
 @dataclass(slots=True)
@@ -141,11 +57,11 @@ class Layer:
     """Weights of one decoder layer: q, k and v stacked; gate and up stacked, so that each pair is one MatMul."""
 
     input_norm: Placed
-    qkv: Matrix
-    output: Matrix
+    qkv: Matrix | IntegerMatrix
+    output: Matrix | IntegerMatrix
     post_norm: Placed
-    gate_up: Matrix
-    down: Matrix
+    gate_up: Matrix | IntegerMatrix
+    down: Matrix | IntegerMatrix
     qkv_bias: Placed | None = None
     output_bias: Placed | None = None
     query_norm: Placed | None = None
@@ -201,7 +117,7 @@ def _attention(  # noqa: PLR0913  # each is another input of the node
     b: _DecoderBuilder, i: int, source: str, layer: Layer, tables: tuple[str, str], cache: CacheScales | None
 ) -> str:
     a, name = b.architecture, f"model.layers.{i}.attention"
-    qkv = b.biased(b.matmul(f"{name}.qkv", source, layer.qkv), layer.qkv_bias)
+    qkv = b.biased(multiply(b, f"{name}.qkv", source, layer.qkv), layer.qkv_bias)
     inputs = [
         *_normed_heads(b, name, qkv, layer), f"past_key_values.{i}.key", f"past_key_values.{i}.value", "seqlens_k",
         "total_sequence_length", *tables,
@@ -215,7 +131,7 @@ def _attention(  # noqa: PLR0913  # each is another input of the node
         rotary_interleaved=0, scale=a.head_size**-0.5, **(CACHE_ATTRIBUTES if cache is not None else {}),
         **({"local_window_size": a.windows[i]} if a.windows[i] else {}),
     )  # fmt: skip
-    return b.biased(b.matmul(f"{name}.output", name, layer.output), layer.output_bias)
+    return b.biased(multiply(b, f"{name}.output", name, layer.output), layer.output_bias)
 
 
 def _normed_heads(b: _DecoderBuilder, name: str, qkv: str, layer: Layer) -> tuple[str, str, str]:
@@ -240,11 +156,11 @@ def _normed_heads(b: _DecoderBuilder, name: str, qkv: str, layer: Layer) -> tupl
 
 def _mlp(b: _DecoderBuilder, name: str, source: str, layer: Layer) -> str:
     """SwiGLU: down(silu(gate) * up); QuickGelu with alpha 1 is silu."""
-    both = b.matmul(f"{name}.gate_up", source, layer.gate_up)
+    both = multiply(b, f"{name}.gate_up", source, layer.gate_up)
     b.node("Split", [both], [f"{name}.gate", f"{name}.up"], axis=-1, num_outputs=2)
     b.node("QuickGelu", [f"{name}.gate"], [f"{name}.silu"], CONTRIB, alpha=1.0)
     b.node("Mul", [f"{name}.silu", f"{name}.up"], [f"{name}.product"])
-    return b.matmul(f"{name}.down", f"{name}.product", layer.down)
+    return multiply(b, f"{name}.down", f"{name}.product", layer.down)
 
 
 def _skip_norm(b: _DecoderBuilder, name: str, sources: tuple[str, str], weight: Placed) -> tuple[str, str]:

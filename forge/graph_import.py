@@ -17,7 +17,7 @@ from codec.versions import VERSION_FILE
 from forge.build import describe_version
 from forge.compiler.clean import drop_unread, store_constants
 from forge.compiler.work import CONTRIB, STANDARD, Array, array_of, constants_of, graphs_of, replace_nodes
-from forge.graph import INT8_ACTIVATIONS
+from forge.graph_builder import INT8_ACTIVATIONS
 from forge.graph_golden import Examples, make_tensor_set
 from forge.onnx_file import SMALL_BYTES, read_onnx, size_bytes_of
 from forge.placer import place_quantised

@@ -5,11 +5,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from forge.graph import Matrix
+from forge.graph_builder import Matrix
 from forge.integers import IntegerMatrix, smoothing_of
-from forge.quantise import BlockMatrix, Float, Precision, quantise_blocks, quantise_channels
+from forge.quantise import BlockMatrix, ChannelMatrix, Float, Precision, quantise_blocks, quantise_channels
+from forge.static import StaticMatrix
 from forge.weights import Placed, WeightsWriter
 from wire.manifest import Dtype, Layout
+
+Rounded = Mapping[str, BlockMatrix | StaticMatrix]
+"""Matrices that are quantised already, by the names that they are placed under."""
 
 
 @dataclass(slots=True)
@@ -20,12 +24,18 @@ class Placer:
     writer: WeightsWriter
     base_scales: Mapping[str, Float]
     precision: Precision
-    rounded: Mapping[str, BlockMatrix] = field(default_factory=dict)
+    rounded: Rounded = field(default_factory=dict)
+
+    def product(self, name: str, weights: Float) -> Matrix | IntegerMatrix:
+        """A matrix [rows, columns] that is multiplied, and may so be int8-static."""
+        rounded = self.rounded.get(name)
+        return self._static(name, rounded) if isinstance(rounded, StaticMatrix) else self.matrix(name, weights)
 
     def matrix(self, name: str, weights: Float) -> Matrix:
         """A matrix [rows, columns] that is multiplied."""
-        if name in self.rounded:
-            return place_quantised(self.writer, name, self.rounded[name])
+        rounded = self.rounded.get(name)
+        if isinstance(rounded, BlockMatrix):
+            return place_quantised(self.writer, name, rounded)
         rows, columns = weights.shape
         if self.precision is Precision.FLOAT32:
             dense = self.writer.add(f"{name}.weight", np.ascontiguousarray(weights.T), Layout.F32)
@@ -42,9 +52,15 @@ class Placer:
             weights = weights / factors[None, :]
             smoothing = self.writer.add(f"{name}.smoothing", factors, Layout.F32_BF16_GRID)
         matrix = quantise_channels(weights, self.base_scales.get(f"{name}.scales"))
+        return IntegerMatrix(*self._channels(name, matrix), smoothing, zero_point)
+
+    def _static(self, name: str, static: StaticMatrix) -> IntegerMatrix:
+        smoothing = self.writer.add(f"{name}.smoothing", static.smoothing, Layout.F32_BF16_GRID)
+        return IntegerMatrix(*self._channels(name, static.matrix), smoothing, source_scale=static.source_scale)
+
+    def _channels(self, name: str, matrix: ChannelMatrix) -> tuple[Placed, Placed]:
         levels = self.writer.add(f"{name}.levels", matrix.levels.T, Layout.BYTES, dtype=Dtype.I8)
-        scales = self.writer.add(f"{name}.scales", matrix.scales, Layout.F32_BF16_GRID)
-        return IntegerMatrix(levels, scales, smoothing, zero_point)
+        return levels, self.writer.add(f"{name}.scales", matrix.scales, Layout.F32_BF16_GRID)
 
     def table(self, name: str, weights: Float) -> Matrix:
         """A matrix [rows, columns] whose rows are looked up."""

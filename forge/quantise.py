@@ -35,6 +35,8 @@ class Precision(StrEnum):
 
     FLOAT32 = "float32"
     INT8 = "int8"
+    INT8_STATIC = "int8-static"
+    """Of decoders: a scale per row, and activations in int8 on scales that calibration fixed (forge/static.py)."""
     INT4 = "int4"
     INT2 = "int2"
     TERNARY = "ternary"
@@ -45,11 +47,14 @@ class Precision(StrEnum):
     @property
     def bits(self) -> int:
         """Bits of a stored weight, without its share of a scale."""
-        return {Precision.FLOAT32: 32, Precision.INT8: 8, Precision.INT4: 4}.get(self, 2)
+        return {"float32": 32, "int8": 8, "int8-static": 8, "int4": 4}.get(self.value, 2)
 
     @property
     def of_tables(self) -> "Precision":
-        """What the embedding and the head are stored in: two bits would cost them more than they save."""
+        """What the embedding and the head are stored in: two bits would cost them more than they save, and rows that
+        are looked up are multiplied with nothing."""
+        if self is Precision.INT8_STATIC:
+            return Precision.INT8
         return Precision.INT4 if self.bits == 2 else self
 
 

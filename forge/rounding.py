@@ -26,6 +26,8 @@ from wire.errors import ConfigError
 
 WIDENING = 4
 """Widths of steps per doubling."""
+GRID_ERROR = 2.0**-8
+"""How much less a scale may become on the bfloat16 grid."""
 
 
 class Rounding(StrEnum):
@@ -50,9 +52,10 @@ class Grid:
         blocks = in_blocks(name, weights)
         if self.step is None:
             return block_scales(blocks, self.precision, importance)
-        reach = level_range(self.precision)[1] + 0.5
-        widths = np.log2(np.maximum(np.abs(blocks).max(axis=2) / (self.step * reach), 1)) * WIDENING
-        return to_bf16_grid((self.step * 2.0 ** (np.ceil(widths - 1e-6) / WIDENING)).astype(np.float32))
+        step = to_bf16_grid(np.array([self.step], np.float32))
+        reach = (level_range(self.precision)[1] + 0.5) * (1 - GRID_ERROR)
+        widths = np.log2(np.maximum(np.abs(blocks).max(axis=2) / (step * reach), 1)) * WIDENING
+        return to_bf16_grid((step * 2.0 ** (np.ceil(widths) / WIDENING)).astype(np.float32))
 
 
 def round_matrix(name: str, weights: Float, grid: Grid, rounding: Rounding, moments: Float | None) -> BlockMatrix:

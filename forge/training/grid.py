@@ -11,8 +11,8 @@ from torch import Tensor
 from forge.checkpoint_folder import to_float16
 from forge.quantise import Precision, quantise_blocks
 
-TRAINED = tuple(precision for precision in Precision if precision is not Precision.FLOAT32)
-"""Precisions that round anything."""
+TRAINED = tuple(precision for precision in Precision if precision not in (Precision.FLOAT32, Precision.INT8_STATIC))
+"""Precisions that round by weights alone."""
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 

@@ -16,6 +16,7 @@ from forge.build import build_version
 from forge.calibrated import round_checkpoint
 from forge.evaluate import evaluate_version, read_windows
 from forge.open_model import open_model
+from forge.provenance import chain_of
 from forge.quantise import Precision
 from forge.release import make_release, variant_name
 from forge.rounding import Rounding
@@ -167,3 +168,6 @@ def test_command_tells_what_each_matrix_got(tiny: Path, tmp_path: Path, capsys: 
     assert told["bits_per_weight"] <= 7
     assert [row["matrix"] for row in told["matrices"]][:2] == ["model.embed_tokens", "layers.0.qkv"]
     assert read_version(tmp_path / "out").decoded_digest() == told["decoded"]
+    recorded = chain_of(tmp_path / "out")
+    assert [str(step) for step in recorded.steps][0].startswith("quantise --target-bpw 7")
+    assert recorded.least_noticed is not None

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from cli.recording import recorded
 from cli.shrinking import Source
 from cli.terminal import AsJson, console, print_figures, progress
 from forge.allocation import Allocation, Goal, quantise_within
@@ -18,6 +19,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|kB|MB|GB|KiB|MiB|GiB)?", re.IGNORECASE)
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
+@recorded("quantise")
 def quantise(
     source: Source,
     name: Annotated[str, typer.Option(help="Name of the model, as applications will ask for it.")],

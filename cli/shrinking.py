@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from cli.recording import recorded
 from cli.terminal import AsJson, print_figures, progress
 from forge.evaluate import read_windows
 from forge.prune import Magnitude, Pattern, Rule, Scope, Threshold, prune_checkpoint
@@ -25,6 +26,7 @@ SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between states; a kil
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run for this place that was cut off.")]
 
 
+@recorded("prune")
 def prune(
     source: Source,
     out: Out,
@@ -71,6 +73,7 @@ def _rules(magnitude: float | None, per_layer: bool, threshold: float | None, n_
     return rules
 
 
+@recorded("trim-vocabulary")
 def trim_vocabulary(
     source: Source,
     out: Out,
@@ -84,6 +87,7 @@ def trim_vocabulary(
     print_figures(trim_checkpoint(source, out, keep, text or ()), as_json, str(out))
 
 
+@recorded("distil")
 def distil(
     teacher: Source,
     out: Out,
@@ -117,6 +121,7 @@ def distil(
     print_figures(figures, as_json, str(out))
 
 
+@recorded("train-quantised")
 def train_quantised(
     source: Source,
     out: Out,

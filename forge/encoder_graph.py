@@ -128,11 +128,13 @@ def _find_rows(b: GraphBuilder) -> None:
 
 
 def _norm(b: _EncoderBuilder, name: str, sources: list[str], norm: Norm, bias: Placed | None = None) -> str:
-    """Layer norm of the sum of both sources, and of the bias of the matrix before it."""
-    inputs = [*sources, b.vector(f"{name}.weight", norm.weight), b.vector(f"{name}.shift", norm.bias)]
+    """Layer norm of the sum of both sources, and of the bias of the matrix before it; apart, which is faster than in
+    one node (docs/adr/0016)."""
+    total = b.node("Add", sources, [f"{name}.sum"])
     if bias is not None:
-        inputs.append(b.vector(f"{name}.bias", bias))
-    return b.node("SkipLayerNormalization", inputs, [name], CONTRIB, epsilon=b.architecture.norm_epsilon)
+        total = b.node("Add", [total, b.vector(f"{name}.bias", bias)], [f"{name}.biased"])
+    inputs = [total, b.vector(f"{name}.weight", norm.weight), b.vector(f"{name}.shift", norm.bias)]
+    return b.node("LayerNormalization", inputs, [name], axis=-1, epsilon=b.architecture.norm_epsilon)
 
 
 def _attention(b: _EncoderBuilder, name: str, rows: str, layer: EncoderLayer) -> str:

@@ -71,6 +71,18 @@ def files_of(work: Path) -> dict[str, bytes]:
     return {path.relative_to(work).as_posix(): path.read_bytes() for path in work.rglob("*") if path.is_file()}
 
 
+def killed(place: Path, work: str, pattern: str) -> None:
+    """Run the recipe in a process that is killed as soon as the work folder has what matches the pattern."""
+    command = [sys.executable, "-c", "from cli.main import main; main()", "forge", "recipe", str(place / "recipe.toml")]
+    child = subprocess.Popen([*command, "--work", str(place / work)], cwd=PROJECT, stderr=subprocess.DEVNULL)
+    deadline_s = time.monotonic() + 120
+    while not list((place / work).glob(pattern)):
+        assert child.poll() is None
+        assert time.monotonic() < deadline_s
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait(10)
+
+
 def change(place: Path, old: str, new: str) -> None:
     text = (place / "recipe.toml").read_text()
     assert old in text
@@ -78,14 +90,7 @@ def change(place: Path, old: str, new: str) -> None:
 
 
 def test_recipe_killed_in_the_middle_goes_on_to_the_same_bytes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [sys.executable, "-c", "from cli.main import main; main()", "forge", "recipe", str(place / "recipe.toml")]
-    child = subprocess.Popen([*command, "--work", str(place / "killed")], cwd=PROJECT, stderr=subprocess.DEVNULL)
-    deadline_s = time.monotonic() + 120
-    while not list((place / "killed").glob(".*02-build.making*")):
-        assert child.poll() is None
-        assert time.monotonic() < deadline_s
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait(10)
+    killed(place, "killed", ".*02-build.making*")
     assert not (place / "killed" / "02-build").exists()
     assert run(place, capsys, "killed", "--dry-run") == ["before", "do", "do", "do"]
     assert run(place, capsys, "killed") == ["before", "made", "made", "made"]
@@ -166,6 +171,19 @@ def test_options_are_those_of_the_command_line(step: str, options: Mapping[str, 
 @pytest.mark.parametrize("file", sorted((PROJECT / "samples" / "recipes").glob("*.toml")), ids=lambda path: path.stem)
 def test_recipes_of_the_samples_can_be_planned(file: Path, tmp_path: Path) -> None:
     assert plan(load_settings(Recipe, file), file.parent, tmp_path)
+
+
+@pytest.mark.full
+def test_training_that_was_killed_goes_on_to_the_same_bytes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch", reason="no torch here; scripts/test --full makes .venv-train, which has it")
+    (place / "text.txt").write_text("The man went out into the rain and said that it was late. " * 400)
+    training = 'do = "train-quantised"\ntext = ["text.txt"]\nsteps = 60\nbatch = 2\nlength = 32\nsave-every = 5'
+    change(place, 'do = "prune"\nmlp = 0.3\ncalibration = "windows.json"', training)
+    killed(place, "killed", ".*train-quantised.making.training")
+    assert run(place, capsys, "killed", "--dry-run") == ["do"] * 4
+    assert run(place, capsys, "killed") == ["made"] * 4
+    assert run(place, capsys) == ["made"] * 4
+    assert files_of(place / "killed") == files_of(place / "work")
 
 
 @pytest.mark.full

@@ -124,6 +124,23 @@ def test_release_tells_every_step_from_the_first_checkpoint_on(place: Path) -> N
     assert str(place) not in json.dumps(told)
 
 
+def test_inspect_shows_figures_and_history_of_a_version_and_of_its_release(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forge("inspect", build(place, "--precision", "int8"))
+    assert "build --precision int8" in capsys.readouterr().out
+    release(place, *measured(place))
+    capsys.readouterr()
+    forge("inspect", place / "r")
+    shown = capsys.readouterr().out
+    assert "build --precision int8" in shown
+    assert "windows=2,tokens=46,perplexity=" in shown
+    forge("inspect", place / "r", "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert told["provenance"]["step 1"] == "build --precision int8"
+    assert told["quality"]["perplexity"] > 1
+
+
 def test_history_is_the_same_whoever_makes_it_where_and_when(place: Path) -> None:
     for name in ("a", "b"):
         (place / name).mkdir()

@@ -7,9 +7,10 @@ is no excuse: its row says `"met": false`, as a missed target does.
 
 import json
 import math
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -102,17 +103,29 @@ class Row:
 def measure(subjects: Mapping[str, Subject], rounds: int = ROUNDS) -> dict[str, Samples | None]:
     """Run every subject once to warm up, then `rounds` times in turns; None for one that raised PeerAbsent.
 
-    The order is reversed every other round, so that nobody always runs after the same neighbour.
+    The order is another one each round, so that nobody always runs after the same neighbour, and none of several runs
+    twice in a row, its data still in the cache. Two take turns in both orders alike.
     """
     if rounds < ROUNDS:
         raise ValueError(f"a median of {rounds} rounds tells nothing; use at least {ROUNDS}")
     present = {name: subject for name, subject in subjects.items() if _runs(name, subject)}
     values: dict[str, list[float]] = {name: [] for name in present}
-    for number in range(rounds):
-        names = list(present) if number % 2 == 0 else list(reversed(present))
+    for names in _orders(list(present), rounds):
         for name in names:
             values[name].append(present[name]())
     return {name: Samples(tuple(values[name])) if name in values else None for name in subjects}
+
+
+def _orders(names: list[str], rounds: int) -> Iterator[list[str]]:
+    chance, order = random.Random(0), names
+    for number in range(rounds):
+        if len(names) <= 2:
+            order = names if number % 2 == 0 else names[::-1]
+        elif number:
+            first = chance.choice([name for name in names if name != order[-1]])
+            rest = [name for name in names if name != first]
+            order = [first, *chance.sample(rest, len(rest))]
+        yield order
 
 
 def seconds_of(work: Callable[[], object]) -> Subject:

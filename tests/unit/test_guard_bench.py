@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import fields
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,20 @@ def test_subjects_are_measured_in_turns_after_one_warm_up() -> None:
     measured = measure({"ours": lambda: subject("ours", 1.0), "peer": lambda: subject("peer", 2.0)})
     assert order[:6] == ["ours", "peer", "ours", "peer", "peer", "ours"]
     assert [samples.values for samples in measured.values() if samples] == [(1.0,) * 5, (2.0,) * 5]
+
+
+def test_none_of_several_subjects_runs_twice_in_a_row_or_always_after_the_same_one() -> None:
+    order: list[str] = []
+
+    def subject(name: str) -> float:
+        order.append(name)
+        return 1.0
+
+    measure({name: partial(subject, name) for name in "abcd"}, rounds=50)
+    measured = order[4:]
+    assert all(sorted(measured[i : i + 4]) == list("abcd") for i in range(0, len(measured), 4))
+    follows = {name: {after for before, after in pairwise(measured) if before == name} for name in "abcd"}
+    assert all(after == set("abcd") - {name} for name, after in follows.items())
 
 
 def test_fewer_than_five_rounds_are_refused() -> None:

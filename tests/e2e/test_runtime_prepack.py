@@ -105,7 +105,10 @@ def test_server_maps_what_the_probe_packed_and_keeps_it_off_the_heap(node: Node,
         assert anonymous_bytes(node) < anonymous_bytes(other) - 0.8 * weights
 
 
-@pytest.mark.parametrize("damage", ["changed", "truncated", "absent"])
+LONGER = [pytest.param(damage, marks=pytest.mark.full) for damage in ("truncated", "absent")]
+
+
+@pytest.mark.parametrize("damage", ["changed", *LONGER])
 def test_damaged_cache_is_done_without_and_told_and_proved_again(node: Node, damage: str) -> None:
     report = probe(node, base_version())
     weights = caches(node)[0] / "decode.bin"

@@ -79,6 +79,7 @@ TRIMMED = "trim-vocabulary {source} {out} --keep 8192 --text {words}"
 
 RECIPES: tuple[Recipe, ...] = (
     *(Recipe(precision, Series.ROUNDED, (built(precision),)) for precision in PRECISIONS),
+    Recipe("int8-static", Series.CALIBRATED, (built("int8-static", " --calibration {calibration}"),)),
     *(
         Recipe(f"{precision} by {rounding}", Series.CALIBRATED, (
             built(precision, f" --rounding {rounding} --calibration {{calibration}}"),

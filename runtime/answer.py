@@ -12,6 +12,7 @@ from typing import Self
 
 from runtime.generation import End, Event, Generation, Reason
 from runtime.loaded import LoadedDecoder
+from runtime.refusals import server_ending
 from runtime.registry import Registry
 from runtime.sampling import Sampling
 from runtime.text import Message
@@ -129,7 +130,7 @@ class Answer:
         if end.error is not None:
             raise end.error
         if end.reason is Reason.CANCELLED:
-            raise InferenceError(Code.NOT_READY, "the server is ending; ask again", 503, retry_after_s=1.0)
+            raise server_ending()
         self.finish_reason = end.reason
 
     async def _tokens(self) -> list[int]:

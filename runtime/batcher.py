@@ -17,6 +17,7 @@ from runtime.buckets import Buckets, Waiting
 from runtime.encoder import Encoder
 from runtime.keeping import Keeper
 from runtime.model import Float
+from runtime.refusals import crowded, model_failed, server_ending
 from runtime.slab import Usage
 from runtime.stats import Stats
 from wire.errors import Code, InferenceError
@@ -114,13 +115,10 @@ class Batcher:
         encoding.left, encoding.accepted_s = len(encoding.texts), time.perf_counter()
         with self._changed:
             if self._closed:
-                raise InferenceError(Code.NOT_READY, "the server is ending; ask again", 503, retry_after_s=1.0)
-            crowded = len(self._open) > self._limits.queue_requests
-            if crowded or (self._open and self._waiting.tokens + tokens > self._limits.queue_tokens):
-                raise InferenceError(
-                    Code.OVERLOADED, f"{len(self._open)} requests are open already; ask again later", 429,
-                    self._patience_s(),
-                )  # fmt: skip
+                raise server_ending()
+            full = len(self._open) > self._limits.queue_requests
+            if full or (self._open and self._waiting.tokens + tokens > self._limits.queue_tokens):
+                raise crowded(len(self._open), self._patience_s())
             self._open[encoding] = None
             self._waiting.add(Waiting(text, encoding, row) for row, text in enumerate(encoding.texts))
             self._changed.notify()
@@ -173,8 +171,7 @@ class Batcher:
         encoder.close()
         with self._changed:
             leaving, self._open = list(self._open), {}
-        ending = InferenceError(Code.NOT_READY, "the server is ending; ask again", 503, retry_after_s=1.0)
-        self._deliver([(encoding, ending) for encoding in leaving])
+        self._deliver([(encoding, server_ending()) for encoding in leaving])
 
     def _next(self, patience_s: float | None) -> list[Waiting[Encoding]]:
         """Block until there is a batch; an empty one when closed, and after `patience_s` without any text."""
@@ -234,7 +231,7 @@ class Batcher:
 
     def _broken(self, reason: str) -> InferenceError:
         _log.error("batch failed", model=self._name, error=reason[:500])
-        return InferenceError(Code.INTERNAL, "the model failed on this request; the runtime's log has the reason", 500)
+        return model_failed()
 
     def _fail(self, texts: list[Waiting[Encoding]], error: InferenceError) -> None:
         """End the requests of `texts`."""
@@ -254,4 +251,4 @@ class Batcher:
     def _patience_s(self) -> float:
         """When what waits is probably done."""
         tokens_per_s = self.stats.snapshot().tokens_per_s
-        return min(60.0, max(1.0, self._waiting.tokens / tokens_per_s if tokens_per_s else 1.0))
+        return self._waiting.tokens / tokens_per_s if tokens_per_s else 0.0

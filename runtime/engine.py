@@ -24,6 +24,7 @@ from runtime.memory import trim_heap
 from runtime.model import PREFILL_TOKENS, Float, Interrupt, Model
 from runtime.pace import Pace
 from runtime.prefix import BLOCK_TOKENS
+from runtime.refusals import crowded, model_failed, server_ending
 from runtime.slab import Usage
 from runtime.slots import Slots
 from runtime.speculation import Speculation
@@ -95,11 +96,9 @@ class Engine:
         generation.accepted_s = time.perf_counter()
         with self._changed:
             if self._closed:
-                raise InferenceError(Code.NOT_READY, "the server is ending; ask again", 503, retry_after_s=1.0)
+                raise server_ending()
             if self._open >= self._open_limit:
-                raise InferenceError(
-                    Code.OVERLOADED, f"{self._open} requests are open already; ask again later", 429, self._patience_s()
-                )
+                raise crowded(self._open, self._patience_s())
             self._open += 1
             self._waiting.append(generation)
             self._changed.notify()
@@ -364,11 +363,10 @@ class Engine:
     def _patience_s(self) -> float:
         """When a slot is probably free for one more: the median request's time for each turn of the queue."""
         typical_s = self.stats.snapshot().latency_p50_s or 1.0
-        return min(60.0, max(1.0, typical_s * self._open / self._model.shape.slots))
+        return typical_s * self._open / self._model.shape.slots
 
 
 def _failure(generations: list[Generation], error: Exception) -> End:
     """How the requests of a failed step end."""
     _log.error("step failed", requests=len(generations), error=str(error)[:500])
-    message = "the model failed on this request; the runtime's log has the reason"
-    return End(Reason.FAILED, InferenceError(Code.INTERNAL, message, 500))
+    return End(Reason.FAILED, model_failed())

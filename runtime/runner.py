@@ -16,9 +16,10 @@ import structlog
 from runtime.graph import Graph, check_inputs
 from runtime.keeping import Keeper
 from runtime.made import Array
+from runtime.refusals import crowded, model_failed, server_ending
 from runtime.slab import Usage
 from runtime.stats import Stats
-from wire.errors import Code, InferenceError
+from wire.errors import InferenceError
 from wire.manifest import GraphConfig
 
 _log = structlog.get_logger(__name__)
@@ -77,13 +78,9 @@ class Runner:
         job.accepted_s = time.perf_counter()
         with self._changed:
             if self._closed:
-                raise self._ending()
+                raise server_ending()
             if len(self._waiting) >= self._max_queue:
-                latency_s = self.stats.snapshot().latency_p50_s or 1.0
-                raise InferenceError(
-                    Code.OVERLOADED, f"{self.open} requests are open already; ask again later", 429,
-                    min(60.0, max(1.0, latency_s)),
-                )  # fmt: skip
+                raise crowded(self.open, self.stats.snapshot().latency_p50_s or 0.0)
             self._waiting.append(job)
             self._changed.notify()
         self.stats.began(0)
@@ -106,7 +103,7 @@ class Runner:
                 graph.stop()
             self._running.clear()
             self._changed.notify_all()
-        self._deliver([(job, self._ending()) for job in leaving])
+        self._deliver([(job, server_ending()) for job in leaving])
         for thread in self._threads:
             thread.join()
 
@@ -163,7 +160,4 @@ class Runner:
     def _broken(self, job: Job, reason: str) -> InferenceError:
         if job in self._running:
             _log.error("run failed", model=self._name, error=reason[:500])
-        return InferenceError(Code.INTERNAL, "the model failed on this request; the runtime's log has the reason", 500)
-
-    def _ending(self) -> InferenceError:
-        return InferenceError(Code.NOT_READY, "the server is ending; ask again", 503, retry_after_s=1.0)
+        return model_failed()

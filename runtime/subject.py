@@ -1,6 +1,7 @@
 """A version under measurement, by its kind: how the probe judges it and how fast it is."""
 
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, Self
@@ -110,16 +111,17 @@ class DecoderSubject:
 
 
 @dataclass(slots=True)
-class _Whole:
+class _Whole(ABC):
     """What does one thing: all of it is reading, and what `tokens_per_s` chose holds."""
 
     directory: Path
     document: VersionDocument
     options: ExecutionOptions
+    packed: Path | None = field(default=None, kw_only=True)
 
+    @abstractmethod
     def tokens_per_s(self) -> float:
         """By its kind."""
-        raise NotImplementedError
 
     def read_tokens_per_s(self) -> float:
         """It has one figure."""
@@ -130,6 +132,10 @@ class _Whole:
         del apart
         return []
 
+    def again(self, options: ExecutionOptions, packed: Path | None = None) -> Self:
+        """Raises DeployError(load_failed)."""
+        return replace(self, options=options, packed=packed)
+
 
 @dataclass(slots=True)
 class EncoderSubject(_Whole):
@@ -137,7 +143,6 @@ class EncoderSubject(_Whole):
 
     config: EncoderConfig
     golden: EmbeddingSet
-    packed: Path | None = None
     encoder: Encoder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -155,10 +160,6 @@ class EncoderSubject(_Whole):
             self.encoder.encode([vector.input_ids])
         return sum(len(vector.input_ids) for vector in self.golden.vectors) / (time.perf_counter() - began_s)
 
-    def again(self, options: ExecutionOptions, packed: Path | None = None) -> Self:
-        """Raises DeployError(load_failed)."""
-        return replace(self, options=options, packed=packed)
-
     def close(self) -> None:
         """The session."""
         self.encoder.close()
@@ -170,7 +171,6 @@ class GraphSubject(_Whole):
 
     config: GraphConfig
     golden: TensorSet
-    packed: Path | None = None
     graph: Graph = field(init=False)
 
     def __post_init__(self) -> None:
@@ -188,10 +188,6 @@ class GraphSubject(_Whole):
         for inputs in feeds:
             self.graph.run(inputs)
         return len(feeds) / (time.perf_counter() - began_s)
-
-    def again(self, options: ExecutionOptions, packed: Path | None = None) -> Self:
-        """Raises DeployError(load_failed)."""
-        return replace(self, options=options, packed=packed)
 
     def close(self) -> None:
         """The session."""

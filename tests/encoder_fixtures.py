@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from asked import Outcome
 from runtime_fixtures import MODEL, PROJECT, Node, Version, ask, base_version, running
 
 from forge.build import build_version
@@ -21,7 +22,6 @@ from runtime.batcher import Batcher, Encoding, Endings, Limits, deliver_directly
 from runtime.encoder import Encoder
 from runtime.model import Float
 from runtime.stats import Stats
-from wire.errors import InferenceError
 from wire.manifest import EncoderConfig
 from wire.serving import ExecutionOptions
 
@@ -101,27 +101,14 @@ class HeldEncoder(Encoder):
 
 
 @dataclass(slots=True)
-class Asked:
+class Asked(Outcome):
     """One request to a batcher and what came of it."""
 
     encoding: Encoding = field(init=False)
-    error: InferenceError | None = None
-    ended: threading.Event = field(default_factory=threading.Event)
-
-    def take(self, error: InferenceError | None) -> None:
-        assert not self.ended.is_set(), "an event after the end"
-        self.error = error
-        self.ended.set()
 
     def wait(self) -> Float:
-        assert self.ended.wait(20)
-        assert self.error is None, self.error
+        self.succeed()
         return self.encoding.embeddings
-
-    def fault(self) -> InferenceError:
-        assert self.ended.wait(20)
-        assert self.error is not None
-        return self.error
 
 
 def started(limits: Limits, *encoders: Encoder, deliver: Callable[[Endings], None] = deliver_directly) -> Batcher:

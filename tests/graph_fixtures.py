@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from asked import Outcome
 from onnx import ModelProto
 from onnx_fixtures import INT64, graph, model, node, random, save, value
 from runtime_fixtures import Version
@@ -98,27 +99,14 @@ class HeldGraph(Graph):
 
 
 @dataclass(slots=True)
-class AskedGraph:
+class AskedGraph(Outcome):
     """One job of a runner and what came of it."""
 
     job: Job = field(init=False)
-    error: InferenceError | None = None
-    ended: threading.Event = field(default_factory=threading.Event)
-
-    def take(self, error: InferenceError | None) -> None:
-        assert not self.ended.is_set(), "an event after the end"
-        self.error = error
-        self.ended.set()
 
     def wait(self) -> dict[str, Any]:
-        assert self.ended.wait(20)
-        assert self.error is None, self.error
+        self.succeed()
         return self.job.outputs
-
-    def fault(self) -> InferenceError:
-        assert self.ended.wait(20)
-        assert self.error is not None
-        return self.error
 
 
 def ask_runner(runner: Runner, words: int) -> AskedGraph:

@@ -164,4 +164,8 @@ def test_cancelling_twice_or_late_is_no_fault() -> None:
         asked = ask_runner(runner, 1)
         asked.wait()
         runner.cancel(asked.job)
+        runner.cancel(asked.job)
         runner.cancel(Job({}, asked.take))
+        assert ask_runner(runner, 2).wait()["y"].shape[0] == 2
+    figures = runner.stats.snapshot()
+    assert (figures.requests, figures.failures, runner.open) == (2, 0, 0)

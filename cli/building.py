@@ -14,13 +14,17 @@ from forge.bounds import WINDOWS, Demand, parse_bounds
 from forge.build import build_version, parameters_of
 from forge.cache_scales import Int8Cache
 from forge.calibrated import round_checkpoint
-from forge.evaluate import read_windows
 from forge.provenance import read_provenance
 from forge.quantise import Precision
 from forge.release import ReleaseSummary, make_release
 from forge.rounding import Rounding
+from forge.windows import read_windows
 from host.keys import load_signer
 from wire.errors import ConfigError
+
+ModelName = Annotated[str, typer.Option(help="Name of the model, as applications will ask for it.")]
+VersionName = Annotated[str, typer.Option(help="Version for people, for example 1.0.")]
+VersionOut = Annotated[Path, typer.Option(help="New version directory.")]
 
 
 class CacheType(StrEnum):
@@ -33,9 +37,9 @@ class CacheType(StrEnum):
 @recorded("build")
 def build(
     source: Annotated[Path, typer.Argument(help="Folder with config.json, model.safetensors, tokenizer.json.")],
-    name: Annotated[str, typer.Option(help="Name of the model, as applications will ask for it.")],
-    version: Annotated[str, typer.Option(help="Version for people, for example 1.0.")],
-    out: Annotated[Path, typer.Option(help="New version directory.")],
+    name: ModelName,
+    version: VersionName,
+    out: VersionOut,
     precision: Annotated[
         Precision | None, typer.Option(help="How matrices are stored; else int4, of encoders int8.")
     ] = None,

@@ -8,6 +8,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
+from cli.building import ModelName, VersionName, VersionOut
 from cli.terminal import AsJson, console, print_figures, progress
 from forge.build import parameters_of
 from forge.compiler.compilation import ROUNDS, TOLERANCE, Choices, Report, compile_model
@@ -55,9 +56,9 @@ def compile_(
 
 def import_(
     source: Annotated[Path, typer.Argument(help="An .onnx file of any model; its external data beside it.")],
-    name: Annotated[str, typer.Option(help="Name of the model, as applications will ask for it.")],
-    version: Annotated[str, typer.Option(help="Version for people, for example 1.0.")],
-    out: Annotated[Path, typer.Option(help="New version directory.")],
+    name: ModelName,
+    version: VersionName,
+    out: VersionOut,
     size: Annotated[
         list[str] | None, typer.Option(help="How large a size that may differ gets, as batch=8; repeatable.")
     ] = None,

@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from cli.building import ModelName, VersionName, VersionOut
 from cli.recording import recorded
 from cli.shrinking import Source
 from cli.terminal import AsJson, console, print_figures, progress
 from forge.allocation import Allocation, Goal, quantise_within
-from forge.evaluate import read_windows
+from forge.windows import read_windows
 from wire.errors import ConfigError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|kB|MB|GB|KiB|MiB|GiB)?", re.IGNORECASE)
@@ -22,9 +23,9 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2*
 @recorded("quantise")
 def quantise(
     source: Source,
-    name: Annotated[str, typer.Option(help="Name of the model, as applications will ask for it.")],
-    version: Annotated[str, typer.Option(help="Version for people, for example 1.0.")],
-    out: Annotated[Path, typer.Option(help="New version directory.")],
+    name: ModelName,
+    version: VersionName,
+    out: VersionOut,
     target_wire: Annotated[
         str | None, typer.Option(help="Most that a full artifact may take on the wire, for example 2MB.")
     ] = None,

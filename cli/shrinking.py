@@ -7,11 +7,11 @@ import typer
 
 from cli.recording import recorded
 from cli.terminal import AsJson, print_figures, progress
-from forge.evaluate import read_windows
 from forge.prune import Magnitude, Pattern, Rule, Scope, Threshold, prune_checkpoint
 from forge.quantise import Precision
 from forge.shrink import Shrinking, shrink_checkpoint
 from forge.trim import trim_checkpoint
+from forge.windows import read_windows
 from wire.errors import ConfigError
 
 Source = Annotated[Path, typer.Argument(help="Folder with config.json, model.safetensors, tokenizer.json.")]

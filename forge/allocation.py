@@ -2,12 +2,14 @@
 
 Sensitivities are measured, options priced (forge/options.py) and chosen (forge/budget.py). What is chosen is rounded
 with feedback, built, packed, and judged on text that did not calibrate; how far that is from what was expected corrects
-the next choice. The version is written under a temporary name and renamed at the end. The same input gives the same
-bytes.
+the next choice. The version is written under a temporary name and renamed at the end; a crash leaves that name, which
+the next run for the same place removes. The same input gives the same bytes.
 """
 
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -99,14 +101,25 @@ def quantise_within(  # noqa: PLR0913  # as in build_version
     """
     if out.exists():
         raise ConfigError(f"{out} exists; remove it or choose another place for the version")
-    texts = windows or own_windows(source, progress)
+    texts = windows if windows is not None else own_windows(source, progress)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open_model(source) as model, tempfile.TemporaryDirectory(prefix=".quantise-", dir=out.parent) as folder:
-        model.check_windows(texts)
-        trials = _Trials(model, source, named, texts, progress)
-        best = _search(goal, trials, Path(folder))
-        (Path(folder) / str(best.trial)).rename(out)
+    with open_model(source) as model, _trials_folder(out) as folder:
+        trials = _Trials(model, source, named, model.fit(texts), progress)
+        best = _search(goal, trials, folder)
+        (folder / str(best.trial)).rename(out)
     return best
+
+
+@contextmanager
+def _trials_folder(out: Path) -> Iterator[Path]:
+    """A place beside `out` for versions that are tried; what a crash left there goes at the next start."""
+    folder = out.with_name(f".{out.name}.quantising")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def _search(goal: Goal, trials: "_Trials", folder: Path) -> Allocation:
@@ -153,8 +166,7 @@ class _Trials:
         self, model: OpenModel, source: Path, named: tuple[str, str], texts: list[list[int]], progress: Progress
     ) -> None:
         self._model, self._source, self._named, self._progress = model, source, named, progress
-        context = model.architecture.context_tokens
-        self._judged = [window[:context] for window in texts[JUDGED - 1 :: JUDGED] or texts]
+        self._judged = texts[JUDGED - 1 :: JUDGED] or texts
         calibration = [window for i, window in enumerate(texts) if i % JUDGED != JUDGED - 1]
         self._moments = measure_moments(model, calibration, progress)
         self._references = [log_probabilities(model.logits(window, {})) for window in self._judged]

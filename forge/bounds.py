@@ -13,9 +13,10 @@ import numpy as np
 from codec.versions import read_version
 from forge.encoder_checkpoint import EncoderCheckpoint
 from forge.encoder_reference import checkpoint_encoder, shipped_encoder
-from forge.evaluate import evaluate_version, read_windows
+from forge.evaluate import evaluate_version
 from forge.progress import Progress, silent
 from forge.quantise import Float
+from forge.windows import fit_windows, read_windows
 from runtime.golden import read_embeddings
 from wire.errors import ArtifactError, Code, ConfigError
 from wire.manifest import EncoderConfig, Quality, VersionDocument
@@ -121,9 +122,8 @@ def _encoder_figures(directory: Path, version: VersionDocument, demand: Demand) 
     if demand.windows is None:
         texts: Sequence[Sequence[int]] = [vector.input_ids for vector in read_embeddings(directory, config).vectors]
     else:
-        texts = [window[: config.max_tokens] for window in read_windows(demand.windows)[: demand.limit]]
-    if any(not text or not 0 <= min(text) <= max(text) < config.vocab_size for text in texts):
-        raise ConfigError("a window is empty or not of this model's tokens; make the windows with its tokenizer")
+        windows = read_windows(demand.windows)[: demand.limit]
+        texts = fit_windows(windows, config.vocab_size, config.max_tokens, shortest=1)
     with tempfile.TemporaryDirectory(prefix="amperage-forge-") as scratch:
         reference = checkpoint_encoder(EncoderCheckpoint(demand.checkpoint), Path(scratch)).embed(texts)
     found = shipped_encoder(directory).embed(texts)

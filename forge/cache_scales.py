@@ -19,11 +19,11 @@ from forge.own_text import OWN_TOKENS, continue_prompts, read_text
 from forge.progress import Progress
 from forge.quantise import Float, to_bf16_grid
 from forge.weights import Placed, WeightsWriter
+from forge.windows import fit_windows
 from runtime.cpu import allowed_threads
 from runtime.model import Model
 from runtime.slab import Shape
 from runtime.version import TOKENIZER_FILE
-from wire.errors import ConfigError
 from wire.manifest import DecoderConfig, Layout
 from wire.serving import ExecutionOptions
 
@@ -47,9 +47,8 @@ def measure_scales(directory: Path, config: DecoderConfig, choice: Int8Cache, pr
     `directory` holds the model with a float32 cache. Raises ConfigError when a window is not of the model's tokens.
     """
     windows = choice.calibration
-    for window in windows or []:
-        if not window or not 0 <= min(window) <= max(window) < config.vocab_size:
-            raise ConfigError("the calibration has a window that is empty or not of this model's tokens; make it anew")
+    if windows is not None:
+        windows = fit_windows(windows, config.vocab_size, config.context_tokens, shortest=1)
     longest = min(config.context_tokens, max(map(len, windows)) if windows else OWN_TOKENS)
     shape = Shape(1 if windows else len(PROMPTS), longest)
     model = Model(directory, config, shape, ExecutionOptions(threads=allowed_threads()))

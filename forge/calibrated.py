@@ -37,10 +37,9 @@ def round_checkpoint(
     static = chosen is Precision.INT8_STATIC
     if chosen is Precision.FLOAT32 or (static and rounding is not Rounding.NEAREST):
         raise ConfigError(f"{chosen} has no other rounding than the nearest; leave --rounding {rounding} out")
-    texts = windows or own_windows(source, progress)
+    texts = windows if windows is not None else own_windows(source, progress)
     with open_model(source) as model:
-        model.check_windows(texts)
-        seen = (measure_largest if static else measure_moments)(model, texts, progress)
+        seen = (measure_largest if static else measure_moments)(model, model.fit(texts), progress)
         rounded: dict[str, BlockMatrix | StaticMatrix] = {}
         for number, name in enumerate(model.names):
             progress("round", number, len(model.names))

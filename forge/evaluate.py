@@ -1,6 +1,5 @@
 """Quality of a version: perplexity over token windows, and how far it is from its float32 twin."""
 
-import json
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,21 +13,10 @@ from forge.checkpoint import Checkpoint
 from forge.progress import Progress, silent
 from forge.quantise import Float
 from forge.reference import Judge, checkpoint_judge, float_cache_judge, shipped_judge, twin_judge
-from wire.errors import ConfigError
+from forge.windows import fit_windows, read_windows
 from wire.manifest import DecoderConfig, Dtype
 
-WINDOWS_LIMIT_BYTES = 16 * 1024 * 1024
 Double = NDArray[np.float64]
-
-
-def read_windows(path: Path) -> list[list[int]]:
-    """Token windows from a JSON file with the key `tokens`: lists of token ids."""
-    try:
-        with path.open("rb") as source:
-            windows = json.loads(source.read(WINDOWS_LIMIT_BYTES))["tokens"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} holds no token windows ({error}); use a file like samples/eval/*.json") from error
-    return [[int(token) for token in window] for window in windows]
 
 
 def log_probabilities(logits: Float) -> Double:
@@ -91,6 +79,8 @@ def evaluate_version(
 def _evaluate(directory: Path, chosen: list[list[int]], original: Judge | None, progress: Progress) -> dict[str, Any]:
     version = read_version(directory)
     shipped = shipped_judge(directory, version)
+    if isinstance(version.config, DecoderConfig):
+        chosen = fit_windows(chosen, version.config.vocab_size, version.config.context_tokens)
     others = {"float_twin": (twin_judge(directory, version), "", _Compared())}
     if isinstance(version.config, DecoderConfig) and version.config.kv_cache is not Dtype.F32:
         others["float_cache"] = (float_cache_judge(directory, version), "_of_cache", _Compared())

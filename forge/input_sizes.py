@@ -22,16 +22,14 @@ class InputSizes:
 def measure_inputs(source: Path, windows: list[list[int]], progress: Progress) -> InputSizes:
     """Read `windows` of tokens with the checkpoint `source`. Raises ConfigError when one is not of its tokens."""
     with open_model(source) as model:
-        model.check_windows(windows)
-        a = model.architecture
+        fitting, a = model.fit(windows), model.architecture
         names = [f"layers.{i}.{part}" for part in ("output", "down") for i in range(a.layers)]
         squares = [np.zeros(model.matrix(name).shape[1]) for name in names]
         tokens = 0
-        for number, window in enumerate(windows):
-            progress("calibrate", number, len(windows))
-            read = window[: a.context_tokens]
-            tokens += len(read)
-            for sum_, rows in zip(squares, model.inputs(read, names), strict=True):
+        for number, window in enumerate(fitting):
+            progress("calibrate", number, len(fitting))
+            tokens += len(window)
+            for sum_, rows in zip(squares, model.inputs(window, names), strict=True):
                 sum_ += np.square(rows, dtype=np.float64).sum(axis=0)
     sizes = [np.sqrt(total / tokens).astype(np.float32) for total in squares]
     return InputSizes(np.stack(sizes[: a.layers]), np.stack(sizes[a.layers :]))

@@ -16,9 +16,8 @@ def measure_moments(model: OpenModel, windows: Sequence[Sequence[int]], progress
     tokens = 0
     for number, window in enumerate(windows):
         progress("calibrate", number, len(windows))
-        read = window[: model.architecture.context_tokens]
-        tokens += len(read)
-        for name, rows in zip(names, model.inputs(read, names), strict=True):
+        tokens += len(window)
+        for name, rows in zip(names, model.inputs(window, names), strict=True):
             product = rows.T @ rows
             sums[name] = product if name not in sums else sums[name] + product
     return {name: np.asarray(total / np.float32(tokens), np.float32) for name, total in sums.items()}
@@ -30,7 +29,7 @@ def measure_largest(model: OpenModel, windows: Sequence[Sequence[int]], progress
     found: dict[str, Float] = {}
     for number, window in enumerate(windows):
         progress("calibrate", number, len(windows))
-        for name, rows in zip(names, model.inputs(window[: model.architecture.context_tokens], names), strict=True):
+        for name, rows in zip(names, model.inputs(window, names), strict=True):
             sizes = np.abs(rows).max(axis=0)
             found[name] = sizes if name not in found else np.maximum(found[name], sizes)
     return found

@@ -20,7 +20,7 @@ from forge.placer import Placer
 from forge.quantise import Float, Precision
 from forge.reference import MODEL_FILE, Judge
 from forge.weights import WEIGHTS_FILE, Placed, writing_weights
-from wire.errors import ConfigError
+from forge.windows import fit_windows
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 WEIGHT = ".weight"
@@ -37,7 +37,7 @@ class _Use:
 
 
 class OpenModel:
-    """See the module. Windows are lists of tokens, of which those beyond the context are not read."""
+    """See the module. Windows are lists of tokens, which `fit` has made."""
 
     def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
         """`folder` is an empty one that must outlive this."""
@@ -90,13 +90,9 @@ class OpenModel:
         found = dict(zip(unique, self._judge.values(unique, window), strict=True))
         return [found[source].reshape(-1, found[source].shape[-1]) for source in sources]
 
-    def check_windows(self, windows: Sequence[Sequence[int]]) -> None:
-        """Raises ConfigError unless each window holds tokens of this model, at least two."""
-        for window in windows:
-            if len(window) < 2 or not 0 <= min(window) <= max(window) < self.architecture.vocab_size:
-                raise ConfigError(
-                    "the calibration has a window that is too short or not of this model's tokens; make it anew"
-                )
+    def fit(self, windows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The windows cut to the context. Raises ConfigError as fit_windows."""
+        return fit_windows(windows, self.architecture.vocab_size, self.architecture.context_tokens)
 
     def _source(self, name: str) -> str:
         return next(use.source for use in self._uses[name] if use.source is not None)

@@ -47,7 +47,14 @@ class Precision(StrEnum):
     @property
     def bits(self) -> int:
         """Bits of a stored weight, without its share of a scale."""
-        return {"float32": 32, "int8": 8, "int8-static": 8, "int4": 4}.get(self.value, 2)
+        match self:
+            case Precision.FLOAT32:
+                return 32
+            case Precision.INT8 | Precision.INT8_STATIC:
+                return 8
+            case Precision.INT4:
+                return 4
+        return 2
 
     @property
     def of_tables(self) -> "Precision":

@@ -18,11 +18,10 @@ ROW_STRIDE = 4
 
 def measure_sensitivity(model: OpenModel, windows: Sequence[Sequence[int]], progress: Progress) -> dict[str, float]:
     """By matrix: mean KL divergence from the trained model in nats, per mean squared error of the matrix's weights."""
-    read = [list(window[: model.architecture.context_tokens]) for window in windows]
-    rows = [range(ROW_STRIDE - 1, len(window), ROW_STRIDE) or range(len(window)) for window in read]
+    rows = [range(ROW_STRIDE - 1, len(window), ROW_STRIDE) or range(len(window)) for window in windows]
     trained: list[Float] = [
         log_probabilities(model.logits(window, {}, kept)).astype(np.float32)
-        for window, kept in zip(read, rows, strict=True)
+        for window, kept in zip(windows, rows, strict=True)
     ]
     found = {}
     for number, name in enumerate(model.names):
@@ -31,7 +30,7 @@ def measure_sensitivity(model: OpenModel, windows: Sequence[Sequence[int]], prog
         rounded = _rounded(weights)
         found_divergences = [
             divergences(reference, log_probabilities(model.logits(window, {name: rounded}, kept)))
-            for window, kept, reference in zip(read, rows, trained, strict=True)
+            for window, kept, reference in zip(windows, rows, trained, strict=True)
         ]
         error = float(np.mean(np.square(rounded - weights)))
         found[name] = max(float(np.mean(np.concatenate(found_divergences))), 0.0) / error if error else 0.0

@@ -26,8 +26,9 @@ from benchmarks.results.page import PAGE, render_page
 from benchmarks.results.picture import PICTURES
 from benchmarks.results.recipes import ENCODERS, MINILM, RECIPES
 from forge.checkpoint import Checkpoint
-from forge.evaluate import perplexity, read_windows
+from forge.evaluate import perplexity
 from forge.reference import checkpoint_judge
+from forge.windows import read_windows
 from runtime.cpu import allowed_threads
 from wire.errors import AmperageError, ConfigError
 

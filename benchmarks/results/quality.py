@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 
 from benchmarks.decoder_models import SAMPLE
 from codec.versions import read_version
-from forge.evaluate import evaluate_version, read_windows, window_losses
+from forge.evaluate import evaluate_version, window_losses
 from forge.reference import shipped_judge
+from forge.windows import read_windows
 from wire.errors import ConfigError
 
 TOKENIZER = "tokenizer.json"

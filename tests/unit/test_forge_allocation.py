@@ -14,12 +14,13 @@ from codec.versions import read_version
 from forge.allocation import Allocation, Goal, quantise_within
 from forge.build import build_version
 from forge.calibrated import round_checkpoint
-from forge.evaluate import evaluate_version, read_windows
+from forge.evaluate import evaluate_version
 from forge.open_model import open_model
 from forge.provenance import chain_of
 from forge.quantise import Precision
 from forge.release import make_release, variant_name
 from forge.rounding import Rounding
+from forge.windows import read_windows
 from host.keys import create_key, load_signer
 from wire.errors import ConfigError
 
@@ -93,6 +94,41 @@ def test_goal_out_of_reach_is_refused_and_leaves_nothing(goal: Goal, remedy: str
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_crash_left_is_removed_by_the_next_run(tiny: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".out.quantising" / "1"
+    left.mkdir(parents=True)
+    (left / "weights.bin").write_bytes(b"half of it")
+    found = quantise_within(Goal(bits_per_weight=9.0), tiny, tmp_path / "out", ("m", "1"), texts())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert read_version(tmp_path / "out") == found.version
+
+
+NO_WINDOWS = (b"7", b'[["a", "b"]]', b"[]", b"[[1.5]]")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\x00", b"{}", b"[]", b"[" * 100_000, *(b'{"tokens": %s}' % found for found in NO_WINDOWS)]
+)
+def test_calibration_that_is_none_is_refused_with_its_remedy(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "windows.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="use a file like samples/eval"):
+        read_windows(tmp_path / "windows.json")
+
+
+@pytest.mark.parametrize("windows", [[[5]], [[5, 4096]], [[5, -1]]])
+def test_windows_that_do_not_fit_measure_no_quality(windows: list[list[int]], tiny: Path, tmp_path: Path) -> None:
+    build_version(tiny, tmp_path / "out", ("m", "1"))
+    (tmp_path / "windows.json").write_text(json.dumps({"tokens": windows}))
+    with pytest.raises(ConfigError, match="make the windows with its tokenizer"):
+        evaluate_version(tmp_path / "out", tmp_path / "windows.json", 1)
+
+
+def test_windows_longer_than_the_context_are_cut(tiny: Path, tmp_path: Path) -> None:
+    build_version(tiny, tmp_path / "out", ("m", "1"))
+    (tmp_path / "windows.json").write_text(json.dumps({"tokens": [[5, 6] * 200]}))
+    assert evaluate_version(tmp_path / "out", tmp_path / "windows.json", 1)["tokens"] == 128
+
+
 def test_model_writes_its_own_calibration_where_none_is_given(tiny: Path, tmp_path: Path) -> None:
     found = quantise_within(Goal(kl_nats=0.1), tiny, tmp_path / "out", ("m", "1"))
     assert found.kl_nats <= 0.1
@@ -105,7 +141,7 @@ def test_goals_are_one_and_above_zero(goal: dict[str, float]) -> None:
 
 
 def test_windows_of_another_model_are_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not of this model's tokens"):
+    with pytest.raises(ConfigError, match="not of this model's 4096"):
         quantise_within(Goal(kl_nats=0.1), tiny, tmp_path / "out", ("m", "1"), [[5, 4096]])
 
 

@@ -13,7 +13,7 @@ from codec.encoder import encode_pack
 from codec.versions import read_version
 from forge.build import build_version, read_scales
 from forge.calibrated import round_checkpoint
-from forge.evaluate import evaluate_version, read_windows
+from forge.evaluate import evaluate_version
 from forge.placer import Rounded
 from forge.progress import silent
 from forge.quantise import BLOCK, Precision, quantise_blocks
@@ -21,6 +21,7 @@ from forge.reference import shipped_judge, twin_judge
 from forge.release import variant_name
 from forge.rounding import Rounding
 from forge.static import static_matrix
+from forge.windows import read_windows
 from wire.errors import ConfigError
 
 PROJECT = Path(__file__).resolve().parents[2]

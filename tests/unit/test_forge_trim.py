@@ -25,11 +25,11 @@ from forge.build import build_version
 from forge.checkpoint import Checkpoint
 from forge.encoder_checkpoint import EncoderCheckpoint
 from forge.encoder_reference import checkpoint_encoder
-from forge.evaluate import read_windows
 from forge.reference import checkpoint_judge
 from forge.spelling import BYTE_TOKENS, Parts, closure, grow, spelling_of
 from forge.trim import trim_checkpoint
 from forge.vocabulary import Vocabulary
+from forge.windows import read_windows
 from wire.errors import ConfigError
 
 WINDOWS = PROJECT / "samples" / "eval" / "tales-5m-base.json"

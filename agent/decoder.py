@@ -20,6 +20,7 @@ from wire.documents import DOCUMENT_LIMIT_BYTES, parse_document
 from wire.errors import AmperageError, Code, StoreError
 from wire.manifest import Manifest
 
+READ_BYTES = 64 * 1024
 _PR_SET_PDEATHSIG = 1
 
 
@@ -62,9 +63,14 @@ def _decode(options: argparse.Namespace) -> None:
 
 
 def _arriving_frames() -> Iterator[range]:
-    for line in sys.stdin.buffer:
-        first, last = map(int, line.split())
-        yield range(first, last + 1)
+    """What stdin says, read past sys.stdin: the pack may be whole before the last line is read, and a thread that holds
+    the lock of sys.stdin while the interpreter ends makes it abort."""
+    rest = b""
+    while data := os.read(0, READ_BYTES):
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            first, last = map(int, line.split())
+            yield range(first, last + 1)
 
 
 def _answer(body: dict[str, str]) -> None:

@@ -4,6 +4,7 @@ import http.server
 import os
 import signal
 import socketserver
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -65,6 +66,19 @@ def test_child_decodes_while_frames_arrive(order, made):
         decode.wait(30.0)
     assert (order.into / "weights.bin").read_bytes() == made.files["weights.bin"]
     assert (order.into / "version.json").exists()
+
+
+def test_child_ends_well_while_its_stdin_is_still_open(order, made):
+    """Its thread then still waits for lines, which must not abort an interpreter that ends."""
+    command = [sys.executable, "-P", "-m", "agent.decoder"]
+    places = ["--manifest", str(order.manifest), "--pack", str(order.pack), "--into", str(order.into)]
+    with subprocess.Popen([*command, *places], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(f"0 {made.manifest.frame_count - 1}\n".encode())
+        child.stdin.flush()
+        assert child.stdout.read() == b"{}\n"
+        assert child.wait(30) == 0
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -11,13 +11,13 @@ from rich.table import Table
 from cli.recording import recorded
 from cli.terminal import AsJson, console, print_figures, progress
 from forge.bounds import WINDOWS, Demand, parse_bounds
-from forge.build import build_version, parameters_of
+from forge.build import DECODER_PRECISION, build_version, parameters_of
 from forge.cache_scales import Int8Cache
 from forge.calibrated import round_checkpoint
 from forge.provenance import read_provenance
-from forge.quantise import Precision
+from forge.quantise import BLOCK, Precision
 from forge.release import ReleaseSummary, make_release
-from forge.rounding import Rounding
+from forge.rounding import Grid, Rounding
 from forge.windows import read_windows
 from host.keys import load_signer
 from wire.errors import ConfigError
@@ -46,6 +46,10 @@ def build(
     rounding: Annotated[
         Rounding, typer.Option(help="How weights of a decoder find their levels; k-quant and gptq read text for it.")
     ] = Rounding.NEAREST,
+    block: Annotated[
+        int | None,
+        typer.Option(help="Most weights that share a scale, 32 to 256; the more the faster, and the coarser. Else 32."),
+    ] = None,
     scales_of: Annotated[Path | None, typer.Option(help="Version whose scales are kept for a small delta.")] = None,
     kv_cache: Annotated[
         CacheType, typer.Option(help="How the runtime keeps keys and values; int8 takes a quarter of the memory.")
@@ -63,9 +67,10 @@ def build(
         raise ConfigError("weights on a base's scales are rounded to the nearest; leave --rounding or --scales-of out")
     windows = read_windows(calibration) if calibration is not None else None
     with progress() as report:
-        rounded = round_checkpoint(source, precision, rounding, windows, report) if calibrated else None
+        grid = Grid(precision or DECODER_PRECISION, longest=block or BLOCK)
+        rounded = round_checkpoint(source, grid, rounding, windows, report) if calibrated else None
         document = build_version(
-            source, out, (name, version), precision=precision, rounded=rounded, scales_of=scales_of,
+            source, out, (name, version), precision=precision, rounded=rounded, longest=block, scales_of=scales_of,
             cache=Int8Cache(windows) if kv_cache is CacheType.INT8 else None, progress=report,
         )  # fmt: skip
     figures = {

@@ -28,7 +28,7 @@ from forge.graph import build_graph
 from forge.placer import Placer, Rounded
 from forge.progress import Progress, silent
 from forge.provenance import PROVENANCE_FILE, LeastNoticed, Provenance, write_provenance
-from forge.quantise import Float, Precision
+from forge.quantise import BLOCK, BLOCKS, Float, Precision
 from forge.reference import MODEL_FILE
 from forge.weights import WEIGHTS_FILE, writing_weights
 from wire.documents import encode_document
@@ -61,13 +61,14 @@ PLAIN_TEMPLATE = "{%- for message in messages -%}{{ message['content'] }}{{ '\\n
 
 def build_version(  # noqa: PLR0913  # each is a choice of the caller, three of them by name
     source: Path, out: Path, named: tuple[str, str], *, precision: Precision | None = None,
-    rounded: Rounded | None = None, scales_of: Path | None = None, cache: Int8Cache | None = None,
-    progress: Progress = silent,
+    rounded: Rounded | None = None, longest: int | None = None, scales_of: Path | None = None,
+    cache: Int8Cache | None = None, progress: Progress = silent,
 ) -> VersionDocument:  # fmt: skip
     """Build the version directory `out` from the checkpoint `source`; `named` is (model, version). `precision` None is
     the one of its kind (DECODER_PRECISION, ENCODER_PRECISION). `rounded` are matrices of a decoder that are quantised
-    already, by name. `scales_of` is the version whose scales are kept where they fit, so that a delta to it is sparse.
-    Without `cache` keys and values of a decoder are cached as float32.
+    already, by name. `longest` weights of the others share a scale, where rows have a whole number of such blocks; None
+    is as in `scales_of`, else BLOCK. `scales_of` is the version whose scales are kept where they fit, so that a delta
+    to it is sparse. Without `cache` keys and values of a decoder are cached as float32.
 
     Raises ConfigError or ArtifactError with a remedy when the checkpoint does not fit.
     """
@@ -75,12 +76,17 @@ def build_version(  # noqa: PLR0913  # each is a choice of the caller, three of 
         raise ConfigError(f"{out} exists; remove it or choose another place for the version")
     if source.suffix == ".onnx":
         raise ConfigError(f"{source} is an ONNX model, no checkpoint; serve it as it is with `amperage forge import`")
-    make = _make_encoder if is_encoder(source) else _make_decoder
+    encoder = is_encoder(source)
+    if longest is not None:
+        _check_block(longest, precision or (ENCODER_PRECISION if encoder else DECODER_PRECISION), encoder=encoder)
+    make = _make_encoder if encoder else _make_decoder
     temporary = out.with_name(f".{out.name}.building")
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
-    choices = _Choices(precision, rounded or {}, read_scales(scales_of) if scales_of else {}, cache, progress)
+    base_scales = read_scales(scales_of) if scales_of else {}
+    longest = longest or (longest_block(scales_of) if scales_of else BLOCK)
+    choices = _Choices(precision, rounded or {}, base_scales, longest, cache, progress)
     config, columns = make(source, temporary, choices)
     identity = (*named, config)
     files = FILES if isinstance(config, DecoderConfig) else tuple(name for name in FILES if name != TEMPLATE_FILE)
@@ -117,6 +123,21 @@ def read_scales(directory: Path) -> dict[str, Float]:
     return scales
 
 
+def _check_block(longest: int, precision: Precision, *, encoder: bool) -> None:
+    if longest not in BLOCKS:
+        raise ConfigError(f"no block has {longest} weights; choose one of {', '.join(map(str, BLOCKS))}")
+    if precision is Precision.FLOAT32 or (encoder and precision is Precision.INT8):
+        raise ConfigError(f"nothing is stored in blocks as {precision}; leave --block out, or choose int4")
+
+
+def longest_block(directory: Path) -> int:
+    """Most weights of a version that share a scale; BLOCK where nothing is in blocks."""
+    columns = read_version(directory).tensors
+    shapes = dict(zip(columns.name, columns.shape, strict=True))
+    stems = [name.removesuffix(".packed") for name in shapes if name.endswith(".packed")]
+    return max((shapes[f"{stem}.packed"][1] // shapes[f"{stem}.scales"][1] for stem in stems), default=BLOCK)
+
+
 @dataclass(frozen=True, slots=True)
 class _Choices:
     """What the caller wants of a build."""
@@ -124,6 +145,7 @@ class _Choices:
     precision: Precision | None
     rounded: Rounded
     base_scales: Mapping[str, Float]
+    longest: int
     cache: Int8Cache | None
     progress: Progress
 
@@ -143,7 +165,8 @@ def _make_decoder(source: Path, out: Path, choices: _Choices) -> tuple[ModelConf
         eos_token_ids=a.eos_token_ids,
     )  # fmt: skip
     with writing_weights(out) as writer:
-        placer = Placer(writer, choices.base_scales, choices.precision or DECODER_PRECISION, choices.rounded)
+        precision = choices.precision or DECODER_PRECISION
+        placer = Placer(writer, choices.base_scales, precision, choices.rounded, choices.longest)
         weights = place_weights(checkpoint, placer, progress)
         _write_graph(out, build_graph(a, weights))
         if choices.cache is not None:
@@ -166,7 +189,7 @@ def _make_encoder(source: Path, out: Path, choices: _Choices) -> tuple[ModelConf
     texts = golden_texts(Tokenizer.from_file(str(out / TOKENIZER_FILE)), a.max_tokens)
     activations = measure_activations(checkpoint, texts) if precision is Precision.INT8 else None
     with writing_weights(out) as writer:
-        placer = Placer(writer, choices.base_scales, precision)
+        placer = Placer(writer, choices.base_scales, precision, longest=choices.longest)
         weights = place_encoder(checkpoint, placer, activations, choices.progress)
     _write_graph(out, build_encoder_graph(a, weights))
     config = EncoderConfig(

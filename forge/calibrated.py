@@ -2,11 +2,12 @@
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from forge.build import DECODER_PRECISION, TOKENIZER_FILE, build_version
+from forge.build import TOKENIZER_FILE, build_version
 from forge.golden import PROMPTS
 from forge.moments import measure_largest, measure_moments
 from forge.open_model import EMBEDDING, HEAD, open_model
@@ -25,15 +26,14 @@ from wire.serving import ExecutionOptions
 
 
 def round_checkpoint(
-    source: Path, precision: Precision | None, rounding: Rounding, windows: Sequence[Sequence[int]] | None,
-    progress: Progress,
-) -> Rounded:  # fmt: skip
-    """All matrices of the decoder `source` in `precision` (None: the usual), tables in their own. `windows` of tokens
-    calibrate, None lets the model write its own.
+    source: Path, grid: Grid, rounding: Rounding, windows: Sequence[Sequence[int]] | None, progress: Progress
+) -> Rounded:
+    """All matrices of the decoder `source` on `grid`, tables in their own precision. `windows` of tokens calibrate,
+    None lets the model write its own.
 
     Raises ConfigError when the rounding does not fit the precision, or windows the model.
     """
-    chosen = precision or DECODER_PRECISION
+    chosen = grid.precision
     static = chosen is Precision.INT8_STATIC
     if chosen is Precision.FLOAT32 or (static and rounding is not Rounding.NEAREST):
         raise ConfigError(f"{chosen} has no other rounding than the nearest; leave --rounding {rounding} out")
@@ -47,8 +47,8 @@ def round_checkpoint(
             if static and not table:
                 rounded[name] = static_matrix(weights, seen[name])
                 continue
-            grid = Grid(chosen.of_tables if table else chosen)
-            rounded[name] = round_matrix(name, weights, grid, rounding, seen.get(name))
+            stored = replace(grid, precision=chosen.of_tables) if table else grid
+            rounded[name] = round_matrix(name, weights, stored, rounding, seen.get(name))
     return rounded
 
 

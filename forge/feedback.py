@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from forge.quantise import BLOCK, Float
+from forge.quantise import Float
 
 Double = NDArray[np.float64]
 DAMPING = 0.01
@@ -28,16 +28,16 @@ class Feedback:
     """Error of the product against that of rounding each weight for itself, when levels are fine; 1 is no gain."""
 
     def round(self, weights: Float, scales: Float, levels: tuple[int, int]) -> Float:
-        """Levels about zero, float32 [rows, columns], of `weights` on `scales` [rows, columns / 32]; `levels` are the
+        """Levels about zero, float32 [rows, columns], of `weights` on `scales` [rows, blocks]; `levels` are the
         lowest and the highest."""
         rest = np.ascontiguousarray(weights.T, np.float32)  # a column is contiguous
         steps = np.ascontiguousarray(scales.T, np.float32)
-        rounded = np.empty_like(rest)
+        rounded, block = np.empty_like(rest), len(rest) // len(steps)
         for start in range(0, len(rest), PANEL):
             end = min(start + PANEL, len(rest))
             errors = np.empty((end - start, rest.shape[1]), np.float32)
             for k in range(start, end):
-                step = steps[k // BLOCK]
+                step = steps[k // block]
                 rounded[k] = np.clip(np.rint(rest[k] / step), *levels)
                 errors[k - start] = error = (rest[k] - rounded[k] * step) / self.factor[k, k]
                 rest[k + 1 : end] -= self.factor[k, k + 1 : end, None] * error

@@ -29,6 +29,8 @@ class Matrix:
     columns: int
     bits: int = 4
     """Of a quantised weight."""
+    block: int = BLOCK
+    """Quantised weights that share a scale."""
     packed: Placed | None = None
     scales: Placed | None = None
     dense: Placed | None = None
@@ -64,14 +66,14 @@ class GraphBuilder:
             shape = (matrix.columns, matrix.rows)
             self.initializers.append(matrix.dense.initializer(f"{name}.weight", TensorProto.FLOAT, shape))
             return self.node("MatMul", [source, f"{name}.weight"], [name])
-        blocks = matrix.columns // BLOCK
-        stored = (matrix.rows, blocks, BLOCK * matrix.bits // 8)
+        blocks = matrix.columns // matrix.block
+        stored = (matrix.rows, blocks, matrix.block * matrix.bits // 8)
         quantised = matrix.packed.initializer(f"{name}.packed", TensorProto.UINT8, stored)
         scales = matrix.scales.initializer(f"{name}.scales", TensorProto.FLOAT, (matrix.rows, blocks))
         self.initializers += [quantised, scales]
         return self.node(
             "MatMulNBits", [source, quantised.name, scales.name], [name], CONTRIB, K=matrix.columns, N=matrix.rows,
-            bits=matrix.bits, block_size=BLOCK, accuracy_level=INT8_ACTIVATIONS,
+            bits=matrix.bits, block_size=matrix.block, accuracy_level=INT8_ACTIVATIONS,
         )  # fmt: skip
 
     def embed(self, name: str, ids: str, matrix: Matrix) -> str:
@@ -83,11 +85,12 @@ class GraphBuilder:
             return self.node("Gather", [table.name, ids], [name], axis=0)
         stored = (matrix.rows, matrix.columns * matrix.bits // 8)
         packed = matrix.packed.initializer(f"{name}.packed", TensorProto.UINT8, stored)
-        scales = matrix.scales.initializer(f"{name}.scales", TensorProto.FLOAT, (matrix.rows, matrix.columns // BLOCK))
+        blocks = matrix.columns // matrix.block
+        scales = matrix.scales.initializer(f"{name}.scales", TensorProto.FLOAT, (matrix.rows, blocks))
         self.initializers += [packed, scales]
         return self.node(
             "GatherBlockQuantized", [packed.name, ids, scales.name], [name], CONTRIB, bits=matrix.bits,
-            block_size=BLOCK, gather_axis=0, quantize_axis=1,
+            block_size=matrix.block, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
 
     def model(self, name: str, inputs: list[ValueInfoProto], outputs: list[ValueInfoProto]) -> ModelProto:

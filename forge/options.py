@@ -6,7 +6,7 @@ import numpy as np
 
 from codec.entropy import byte_histogram, entropy_bytes
 from forge.budget import Option
-from forge.quantise import Float, Precision, round_on
+from forge.quantise import BLOCKS, Float, Precision, round_on
 from forge.rounding import Grid
 
 STEPS_PER_DOUBLING = 8
@@ -16,6 +16,7 @@ SEEN_WEIGHTS = 1 << 17
 """Of a larger matrix some rows stand for all."""
 FITTED = (Precision.INT8, Precision.INT4, Precision.INT2, Precision.TERNARY)
 STEPPED = (Precision.INT8, Precision.INT4, Precision.INT2)
+"""In the longest blocks, which kernels run fastest: nearly all have the same scale (docs/adr/0018)."""
 
 
 def options_of(name: str, weights: Float, sensitivity: float, gain: float) -> list[Option]:
@@ -35,7 +36,7 @@ def _grids(deviation: float) -> Iterator[Grid]:
     count = int(np.log2(COARSEST / FINEST) * STEPS_PER_DOUBLING)
     for k in range(count + 1):
         step = max(deviation, 1e-9) * FINEST * 2.0 ** (k / STEPS_PER_DOUBLING)
-        yield from (Grid(precision, step) for precision in STEPPED)
+        yield from (Grid(precision, step, BLOCKS[-1]) for precision in STEPPED)
 
 
 def _priced(name: str, seen: Float, grid: Grid, size: int, sensitivity: float) -> Option:

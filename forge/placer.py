@@ -7,7 +7,7 @@ import numpy as np
 
 from forge.graph_builder import Matrix
 from forge.integers import IntegerMatrix, smoothing_of
-from forge.quantise import BlockMatrix, ChannelMatrix, Float, Precision, quantise_blocks, quantise_channels
+from forge.quantise import BLOCK, BlockMatrix, ChannelMatrix, Float, Precision, quantise_blocks, quantise_channels
 from forge.static import StaticMatrix
 from forge.weights import Placed, WeightsWriter
 from wire.manifest import Dtype, Layout
@@ -25,6 +25,8 @@ class Placer:
     base_scales: Mapping[str, Float]
     precision: Precision
     rounded: Rounded = field(default_factory=dict)
+    longest: int = BLOCK
+    """Weights that share a scale, where a matrix has a whole number of such blocks."""
 
     def product(self, name: str, weights: Float) -> Matrix | IntegerMatrix:
         """A matrix [rows, columns] that is multiplied, and may so be int8-static."""
@@ -41,7 +43,8 @@ class Placer:
             dense = self.writer.add(f"{name}.weight", np.ascontiguousarray(weights.T), Layout.F32)
             return Matrix(rows, columns, dense=dense)
         scales = self.base_scales.get(f"{name}.scales")
-        return place_quantised(self.writer, name, quantise_blocks(name, weights, scales, precision=self.precision))
+        matrix = quantise_blocks(name, weights, scales, precision=self.precision, longest=self.longest)
+        return place_quantised(self.writer, name, matrix)
 
     def integers(self, name: str, weights: Float, largest: Float | None, zero_point: int) -> IntegerMatrix:
         """A matrix [rows, columns] that is multiplied as int8; `largest` [columns] are the largest sizes of what it is
@@ -83,4 +86,4 @@ def place_quantised(writer: WeightsWriter, name: str, matrix: BlockMatrix) -> Ma
     dtype = {2: Dtype.U2, 4: Dtype.U4, 8: Dtype.U8}[matrix.bits]
     packed = writer.add(f"{name}.packed", matrix.packed, Layout.BYTES, dtype=dtype, shape=matrix.shape)
     scales = writer.add(f"{name}.scales", matrix.scales, Layout.F32_BF16_GRID)
-    return Matrix(*matrix.shape, bits=matrix.bits, packed=packed, scales=scales)
+    return Matrix(*matrix.shape, bits=matrix.bits, block=matrix.block, packed=packed, scales=scales)

@@ -1,8 +1,9 @@
 """Few bits on scales of the bfloat16 grid: by blocks for what is decoded or looked up, by channels for encoders.
 
-A row of K weights is cut into blocks of 32; a block stores q = round(w / s) in [-8, 7] as q + 8, of int8 in [-128, 127]
-as q + 128, of what has two bits in [-2, 1] as q + 2, and one scale s. The scale is rounded to bfloat16 *before*
-quantising: the error does not change and a scale costs half the bytes (measured: 0.324 against 0.824 bits per weight).
+A row of K weights is cut into blocks of 32 or more; a block stores q = round(w / s) in [-8, 7] as q + 8, of int8 in
+[-128, 127] as q + 128, of what has two bits in [-2, 1] as q + 2, and one scale s. The scale is rounded to bfloat16
+*before* quantising: the error does not change and a scale costs half the bytes (measured: 0.324 against 0.824 bits per
+weight).
 Of int4, among a few shrunken scales the one with the least squared error is kept, which clips a block's largest weight
 a little to place the others better. With two bits levels are so few that every scale tried is fitted once more, by
 least squares, to the levels that it gave. With `importance` squared errors count by what their column is multiplied
@@ -22,6 +23,8 @@ Float = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 BLOCK = 32
+BLOCKS = (BLOCK, 64, 128, 256)
+"""How many weights may share a scale."""
 SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82)
 """Shares of absmax / 7 that are tried as scale; int8 clips nothing, its error is small enough."""
 STARTS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3)
@@ -68,7 +71,7 @@ class Precision(StrEnum):
 @dataclass(frozen=True, slots=True)
 class BlockMatrix:
     """A quantised matrix [rows, columns]; `packed` uint8 [rows, columns * bits / 8], low bits first; `scales`
-    float32 [rows, columns / 32] on the bfloat16 grid."""
+    float32 [rows, blocks] on the bfloat16 grid."""
 
     packed: Bytes
     scales: Float
@@ -78,6 +81,11 @@ class BlockMatrix:
     def shape(self) -> tuple[int, int]:
         """(rows, columns) of the matrix."""
         return self.packed.shape[0], self.packed.shape[1] * 8 // self.bits
+
+    @property
+    def block(self) -> int:
+        """Weights that share a scale."""
+        return int(self.shape[1] // self.scales.shape[1])
 
     def levels(self) -> Bytes:
         """uint8 [rows, columns], what stands for 0 included."""
@@ -89,22 +97,23 @@ class BlockMatrix:
     def dequantise(self) -> Float:
         """float32 [rows, columns]: what the kernels compute with."""
         levels = self.levels().astype(np.float32) - _zero_point(self.bits)
-        blocks = levels.reshape(self.shape[0], -1, BLOCK)
+        blocks = levels.reshape(*self.scales.shape, self.block)
         return np.asarray((blocks * self.scales[:, :, None]).reshape(self.shape), np.float32)
 
 
 def quantise_blocks(
     name: str, weights: Float, base_scales: Float | None = None, *, precision: Precision = Precision.INT4,
-    importance: Float | None = None,
+    longest: int = BLOCK,
 ) -> BlockMatrix:  # fmt: skip
-    """Quantise `weights` [rows, columns]; with `base_scales` a block of int8 or int4 keeps the base's scale unless
-    that would clip it, so that the difference to the base stays sparse. `importance` [columns] weighs squared errors.
+    """Quantise `weights` [rows, columns] in blocks of `longest` or as few as divide the columns; with `base_scales` a
+    block of int8 or int4 keeps the base's scale unless that would clip it, so that the difference to the base stays
+    sparse.
 
     Raises ArtifactError(unsupported) when columns are no multiple of 32.
     """
-    blocks = in_blocks(name, weights)
+    blocks = in_blocks(name, weights, longest)
     bits = precision.bits
-    scales = block_scales(blocks, precision, importance)
+    scales = block_scales(blocks, precision)
     if base_scales is not None and base_scales.shape == scales.shape and bits > 2:
         fits = np.abs(blocks).max(axis=2) <= base_scales * (_zero_point(bits) + 0.5)
         scales = np.where(fits & (base_scales > 0), base_scales, scales)
@@ -112,25 +121,26 @@ def quantise_blocks(
 
 
 def round_on(weights: Float, scales: Float, precision: Precision) -> BlockMatrix:
-    """`weights` [rows, columns] on the nearest levels of given `scales` [rows, columns / 32]."""
-    levels = _rounded(weights.reshape(*scales.shape, BLOCK), scales, precision)
+    """`weights` [rows, columns] on the nearest levels of given `scales` [rows, blocks]."""
+    levels = _rounded(weights.reshape(*scales.shape, -1), scales, precision)
     return pack_levels(levels.reshape(weights.shape), scales, precision.bits)
 
 
-def in_blocks(name: str, weights: Float) -> Float:
-    """`weights` [rows, columns] as [rows, columns / 32, 32]. Raises ArtifactError(unsupported) naming the tensor when
-    they do not divide."""
+def in_blocks(name: str, weights: Float, longest: int = BLOCK) -> Float:
+    """`weights` [rows, columns] as [rows, blocks, block], of `longest` weights or half as many until they divide.
+    Raises ArtifactError(unsupported) naming the tensor when not even BLOCK divides them."""
     rows, columns = weights.shape
     if columns % BLOCK:
         raise ArtifactError(
             Code.UNSUPPORTED,
             f"tensor {name} has {columns} columns, no multiple of {BLOCK}; keep it in float or pad the model",
         )
-    return weights.reshape(rows, columns // BLOCK, BLOCK)
+    block = min(longest, columns & -columns)  # which is the largest power of two in it
+    return weights.reshape(rows, columns // block, block)
 
 
 def pack_levels(levels: Float, scales: Float, bits: int) -> BlockMatrix:
-    """Levels about zero [rows, columns] in `bits` each, and their scales [rows, columns / 32]."""
+    """Levels about zero [rows, columns] in `bits` each, and their scales [rows, blocks]."""
     stored = (levels + _zero_point(bits)).astype(np.uint8)
     per = 8 // bits
     packed: Bytes = np.zeros((levels.shape[0], levels.shape[1] // per), np.uint8)
@@ -180,8 +190,8 @@ def _zero_point(bits: int) -> int:
 
 
 def block_scales(blocks: Float, precision: Precision, importance: Float | None = None) -> Float:
-    """The scale of least squared error per block of `blocks` [rows, blocks, 32], float32 [rows, blocks] on the bfloat16
-    grid; `importance` float32 [blocks * 32] weighs the errors."""
+    """The scale of least squared error for each block of `blocks` [rows, blocks, block], float32 [rows, blocks] on the
+    bfloat16 grid; `importance` float32 [blocks * block] weighs the errors."""
     weighed = np.ones(blocks.shape[1:], np.float32) if importance is None else importance.reshape(blocks.shape[1:])
     return (_fitted_scales if precision.bits == 2 else _best_scales)(blocks, precision, weighed)
 
@@ -214,7 +224,7 @@ def _fitted_scales(blocks: Float, precision: Precision, importance: Float) -> Fl
 
 def _least_error(blocks: Float, candidates: Iterable[Float], precision: Precision, importance: Float) -> Float:
     """Of the candidates, float32 [rows, blocks] each, the one of least error per block, weighed by `importance`
-    [blocks, 32]; the first of equals."""
+    [blocks, block]; the first of equals."""
     best = np.zeros(blocks.shape[:2], np.float32)
     least = np.full(best.shape, np.inf, np.float32)
     for scales in candidates:
@@ -226,7 +236,7 @@ def _least_error(blocks: Float, candidates: Iterable[Float], precision: Precisio
 
 
 def _rounded(blocks: Float, scales: Float, precision: Precision) -> Float:
-    """Levels of `blocks` [rows, blocks, 32] about zero, as float32."""
+    """Levels of `blocks` [rows, blocks, block] about zero, as float32."""
     quotient = blocks / scales[:, :, None]
     if precision is Precision.BINARY:
         return np.where(quotient < 0, np.float32(-1), np.float32(1))

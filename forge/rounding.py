@@ -12,6 +12,7 @@ import numpy as np
 
 from forge.feedback import feedback_of
 from forge.quantise import (
+    BLOCK,
     BlockMatrix,
     Float,
     Precision,
@@ -46,10 +47,12 @@ class Grid:
 
     precision: Precision
     step: float | None = None
+    longest: int = BLOCK
+    """Weights that share a scale, where the matrix has a whole number of such blocks."""
 
     def scales(self, name: str, weights: Float, importance: Float | None = None) -> Float:
-        """float32 [rows, columns / 32] on the bfloat16 grid; `importance` [columns] weighs errors of fitted ones."""
-        blocks = in_blocks(name, weights)
+        """float32 [rows, blocks] on the bfloat16 grid; `importance` [columns] weighs errors of fitted ones."""
+        blocks = in_blocks(name, weights, self.longest)
         if self.step is None:
             return block_scales(blocks, self.precision, importance)
         step = to_bf16_grid(np.array([self.step], np.float32))

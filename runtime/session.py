@@ -27,7 +27,7 @@ from wire.serving import ExecutionOptions
 
 ONNXRUNTIME: str = ort.__version__
 
-SPIN_DURATION_US = 200
+SPIN_DURATION_US = 1000
 """How long a thread of the pool spins for the next kernel of a step; between steps and when idle it sleeps."""
 
 NO_FLASH_VARIABLE = "ORT_GQA_DISABLE_FLASH_ATTENTION"

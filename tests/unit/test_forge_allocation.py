@@ -19,7 +19,7 @@ from forge.open_model import open_model
 from forge.provenance import chain_of
 from forge.quantise import Precision
 from forge.release import make_release, variant_name
-from forge.rounding import Rounding
+from forge.rounding import Grid, Rounding
 from forge.windows import read_windows
 from host.keys import create_key, load_signer
 from wire.errors import ConfigError
@@ -171,7 +171,7 @@ def test_replaced_matrices_are_those_that_run(tiny: Path) -> None:
 def test_rounding_by_what_text_says_costs_less(tmp_path: Path) -> None:
     windows, found = texts(4, 256), {}
     for rounding in (Rounding.K_QUANT, Rounding.GPTQ):
-        rounded = round_checkpoint(SAMPLE, Precision.INT2, rounding, windows, lambda *_: None)
+        rounded = round_checkpoint(SAMPLE, Grid(Precision.INT2), rounding, windows, lambda *_: None)
         build_version(SAMPLE, tmp_path / rounding, ("m", "1"), precision=Precision.INT2, rounded=rounded)
         found[rounding] = evaluate_version(tmp_path / rounding, WINDOWS, 3, checkpoint=SAMPLE)["kl_nats_of_checkpoint"]
     assert 0.157 > found[Rounding.K_QUANT] > found[Rounding.GPTQ]

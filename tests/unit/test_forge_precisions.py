@@ -19,7 +19,7 @@ from forge.progress import silent
 from forge.quantise import BLOCK, Precision, quantise_blocks
 from forge.reference import shipped_judge, twin_judge
 from forge.release import variant_name
-from forge.rounding import Rounding
+from forge.rounding import Grid, Rounding
 from forge.static import static_matrix
 from forge.windows import read_windows
 from wire.errors import ConfigError
@@ -59,7 +59,7 @@ def calibrated(precision: Precision) -> Rounded | None:
     if precision is not Precision.INT8_STATIC:
         return None
     windows = [window[:128] for window in read_windows(WINDOWS)[8:12]]
-    return round_checkpoint(SAMPLE, precision, Rounding.NEAREST, windows, silent)
+    return round_checkpoint(SAMPLE, Grid(precision), Rounding.NEAREST, windows, silent)
 
 
 @pytest.mark.parametrize("precision", Precision)
@@ -107,7 +107,7 @@ def test_fixed_scales_cost_little_and_leave_no_search_in_the_graph(tmp_path: Pat
 @pytest.mark.parametrize(("precision", "rounding"), [("int8-static", "gptq"), ("float32", "k-quant")])
 def test_precision_without_the_rounding_that_is_asked_for_is_refused(precision: str, rounding: str) -> None:
     with pytest.raises(ConfigError, match="leave --rounding"):
-        round_checkpoint(SAMPLE, Precision(precision), Rounding(rounding), [[1, 2]], silent)
+        round_checkpoint(SAMPLE, Grid(Precision(precision)), Rounding(rounding), [[1, 2]], silent)
 
 
 def test_fixed_scales_without_calibration_are_refused(tmp_path: Path) -> None:

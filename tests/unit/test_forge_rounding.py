@@ -75,8 +75,8 @@ def test_k_quant_places_best_what_is_multiplied_with_most() -> None:
 def test_equal_importance_changes_nothing() -> None:
     original = weights()
     for precision in (Precision.INT8, Precision.INT4, Precision.INT2, Precision.TERNARY, Precision.BINARY):
-        importance = np.full(COLUMNS, 2, np.float32)
-        weighed = quantise_blocks("w", original, precision=precision, importance=importance)
+        second = np.diag(np.full(COLUMNS, 2, np.float32))
+        weighed = round_matrix("w", original, Grid(precision), Rounding.K_QUANT, second)
         assert np.array_equal(weighed.packed, quantise_blocks("w", original, precision=precision).packed)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.decoders import MODELS, Child
+from benchmarks.decoders import LONG_BLOCKS, MODELS, Child
 from benchmarks.harness import PeerAbsent, Row, Samples, Subject, at_least, exact, measure, row, rows_against
 from runtime.cpu import allowed_threads
 
@@ -21,9 +21,9 @@ PREFILL_TARGET = 1.2
 
 
 def run() -> Sequence[Row]:
-    """Rows for both models."""
+    """Rows for both models, and for both in long blocks."""
     threads = allowed_threads(0)
-    return [entry for model in MODELS for entry in _rows(model, threads)]
+    return [entry for model in MODELS | LONG_BLOCKS for entry in _rows(model, threads)]
 
 
 def _rows(model: str, threads: int) -> list[Row]:
@@ -83,7 +83,7 @@ def decoding(child: Child | PeerAbsent) -> Subject:
 
 def _limit(model: str, ours: Samples) -> Row:
     """The share of the memory's speed that our decoding reaches: weights read per second over a plain read's."""
-    version = MODELS[model]().version
+    version = (MODELS | LONG_BLOCKS)[model]().version
     weights = next(entry.size_bytes for entry in version.files if entry.path.endswith(".bin"))
     memory = np.ones(max(weights, 1 << 26) // 8, np.int64)
     spans = []

@@ -20,6 +20,7 @@ from codec.versions import VERSION_FILE, read_version
 from forge.build import build_version
 from forge.cache_scales import Int8Cache
 from forge.prune import Rule, prune_checkpoint
+from forge.quantise import BLOCK
 from forge.shrink import Shrinking, shrink_checkpoint
 from wire.digest import digest_of
 from wire.manifest import DecoderConfig, VersionDocument
@@ -53,7 +54,7 @@ class Decoder:
         return self.version.config
 
 
-def smollm(cache: Int8Cache | None = None) -> Decoder:
+def smollm(cache: Int8Cache | None = None, longest: int = BLOCK) -> Decoder:
     """Random weights of SmolLM2-135M's shape, with the sample's tokenizer and made-up words for its further tokens."""
     checkpoint = HOME / "smollm-135m-of-chance"
     if not checkpoint.is_dir():
@@ -65,12 +66,12 @@ def smollm(cache: Int8Cache | None = None) -> Decoder:
         (temporary / "config.json").write_text(json.dumps(SMOLLM))
         (temporary / "tokenizer.json").write_text(_tokenizer(SMOLLM["vocab_size"]))
         temporary.rename(checkpoint)
-    return _built("smollm-135m", checkpoint, cache)
+    return _built("smollm-135m", checkpoint, cache, longest)
 
 
-def sample(cache: Int8Cache | None = None) -> Decoder:
+def sample(cache: Int8Cache | None = None, longest: int = BLOCK) -> Decoder:
     """The sample LM."""
-    return _built("tales-5m", SAMPLE, cache)
+    return _built("tales-5m", SAMPLE, cache, longest)
 
 
 def opened(directory: Path) -> Decoder:
@@ -88,7 +89,7 @@ def pruned(model: Callable[[], Decoder], choice: Shrinking | Rule) -> Decoder:
             shrink_checkpoint(whole.checkpoint, checkpoint, choice)
         else:
             prune_checkpoint(whole.checkpoint, checkpoint, choice)
-    return _built(f"{whole.name}-{kind}", checkpoint, None)
+    return _built(f"{whole.name}-{kind}", checkpoint)
 
 
 def random_tensors() -> Iterator[tuple[str, NDArray[np.float16]]]:
@@ -122,14 +123,14 @@ def _tokenizer(size: int) -> str:
     return json.dumps(tokenizer)
 
 
-def _built(name: str, checkpoint: Path, cache: Int8Cache | None) -> Decoder:
+def _built(name: str, checkpoint: Path, cache: Int8Cache | None = None, longest: int = BLOCK) -> Decoder:
     """Built again whenever the forge makes another graph."""
-    kind = checkpoint.name if cache is None else f"{checkpoint.name}-int8-cache"
+    kind = f"{checkpoint.name}{'-int8-cache' if cache else ''}{f'-blocks-of-{longest}' if longest != BLOCK else ''}"
     directory = HOME / f"{kind}-{_digest_of_forge()}"
     if not (directory / VERSION_FILE).is_file():
         HOME.mkdir(parents=True, exist_ok=True)
         Console(stderr=True).print(f"building {name}")
-        build_version(checkpoint, directory, (name, "1"), cache=cache)
+        build_version(checkpoint, directory, (name, "1"), cache=cache, longest=longest)
     return Decoder(name, checkpoint, directory, read_version(directory))
 
 

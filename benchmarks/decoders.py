@@ -10,18 +10,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from benchmarks.children import OrderedChild
 from benchmarks.decoder_models import Decoder, pruned, sample, smollm
 from benchmarks.harness import PeerAbsent
 from forge.prune import Magnitude
+from forge.quantise import BLOCKS
 from forge.shrink import Shrinking
 from wire.documents import parse_document
 from wire.serving import ExecutionOptions, ProbeReport
 
 CONTEXT_TOKENS = 2048
 MODELS: dict[str, Callable[[], Decoder]] = {"smollm-135m": smollm, "tales-5m": sample}
+LONG_BLOCKS: dict[str, Callable[[], Decoder]] = {
+    f"{name}, blocks of {BLOCKS[-1]}": partial(make, longest=BLOCKS[-1])
+    for name, make in {"smollm-135m": smollm, "tales-5m": sample}.items()
+}
+"""The same in the blocks that a budget has, onnxruntime-genai's, too; llama.cpp's stay Q4_0, in blocks of 32."""
 PRUNED: dict[str, Callable[[], Decoder]] = {
     "smollm-135m shrunken": lambda: pruned(smollm, Shrinking(heads=1 / 3, mlp=0.25)),
     "smollm-135m with zeros": lambda: pruned(smollm, Magnitude(0.5)),
@@ -176,7 +183,7 @@ def serve(kind: str, model: str, threads: int, *options: str) -> None:
     """The child's side."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    subject = KINDS[kind]((MODELS | PRUNED)[model](), threads, *options)
+    subject = KINDS[kind]((MODELS | LONG_BLOCKS | PRUNED)[model](), threads, *options)
     print(json.dumps({"tell": subject.tell}), file=replies, flush=True)
     for line in sys.stdin:
         order = json.loads(line)

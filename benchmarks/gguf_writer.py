@@ -31,7 +31,7 @@ _NAMES = {
 
 def gguf_of(decoder: Decoder) -> Path:
     """The file, written when it is not there."""
-    path = HOME / f"{decoder.name}.q4_0.gguf"
+    path = HOME / f"{decoder.checkpoint.name}.q4_0.gguf"
     if not path.is_file():
         temporary = path.with_suffix(".writing")
         config = json.loads((decoder.checkpoint / "config.json").read_text())

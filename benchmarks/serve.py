@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.children import LLAMA
 from benchmarks.decoder_models import Decoder
-from benchmarks.decoders import CONTEXT_TOKENS, MODELS, probed_options
+from benchmarks.decoders import CONTEXT_TOKENS, LONG_BLOCKS, MODELS, probed_options
 from benchmarks.gguf_writer import gguf_of
 from benchmarks.harness import PeerAbsent, Row, Samples, Subject, at_least, measure, row, rows_against
 from benchmarks.runtime_server import MODEL, READY_TIMEOUT_S, running, runtime_server
@@ -79,13 +79,13 @@ class Server:
 
 
 def run() -> Sequence[Row]:
-    """Rows for both models."""
+    """Rows for both models, and for both in long blocks."""
     threads = allowed_threads(0)
-    return [entry for model in MODELS for entry in _rows(model, threads)]
+    return [entry for model in MODELS | LONG_BLOCKS for entry in _rows(model, threads)]
 
 
 def _rows(model: str, threads: int) -> list[Row]:
-    decoder = MODELS[model]()
+    decoder = (MODELS | LONG_BLOCKS)[model]()
     seeds = iter(range(1, 1 << 30))
     with ExitStack() as stack:
         servers: dict[str, Server | PeerAbsent] = {"ours": stack.enter_context(_ours(decoder, threads))}

@@ -22,7 +22,7 @@ from runtime.session import ONNXRUNTIME
 from runtime.subject import Subject, check_text, load_subject
 from runtime.tuner import Tuner, in_turns
 from runtime.version import open_version, weights_bytes
-from runtime.ways import SPINNING, Figure, kernel_ways, remedies
+from runtime.ways import Figure, kernel_ways, remedies
 from wire.errors import AmperageError
 from wire.manifest import GraphConfig, VersionDocument
 from wire.serving import ExecutionOptions, ProbeReport, ProbeVerdict
@@ -113,9 +113,7 @@ def _probe(orders: Orders) -> ProbeReport:
         return _report(ProbeVerdict.GOLDEN_MISMATCH, tuner)
     for way in kernel_ways(cpu):
         tuner.attempt(way)
-    tuner.attempt_fewer_threads()
-    if tuner.best.options.threads > 1:
-        tuner.attempt(SPINNING)
+    tuner.attempt_threads()
     for ways in tuner.best.reading_ways(apart=orders.reading_session):
         any(tuner.attempt(way) for way in ways)
     kept = _packed(orders, tuner)

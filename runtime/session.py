@@ -28,7 +28,8 @@ from wire.serving import ExecutionOptions
 ONNXRUNTIME: str = ort.__version__
 
 SPIN_DURATION_US = 1000
-"""How long a thread of the pool spins for the next kernel of a step; between steps and when idle it sleeps."""
+"""How long a thread of the pool spins for its next work: over what happens between two steps, and then it sleeps. With
+200 a step of a 5 M model took 0.54 ms instead of 0.23, one of a 135 M model 1.07 times as long (medians)."""
 
 NO_FLASH_VARIABLE = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _environment = threading.Lock()

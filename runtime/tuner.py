@@ -16,7 +16,7 @@ from runtime.golden import Judgement
 from runtime.memory import anonymous_bytes, trim_heap
 from runtime.providers import library_devices
 from runtime.subject import Subject
-from runtime.ways import Figure, Way, fewer_threads
+from runtime.ways import SPINNING, Figure, Way, fewer_threads
 from wire.errors import AmperageError
 from wire.serving import ExecutionOptions, Trial, TrialOutcome
 
@@ -74,10 +74,16 @@ class Tuner:
             lambda other, judged: self._weigh(other, judged, way.figure, better_by),
         )  # fmt: skip
 
-    def attempt_fewer_threads(self) -> None:
-        """Half of the threads, as long as that is better."""
+    def attempt_threads(self) -> None:
+        """Threads that spin, and half of them as long as that is better; of those that sleep two may lose against one
+        where two that spin would win, so that the first is tried before."""
+        threads = self.best.options.threads
+        if threads > 1:
+            self.attempt(SPINNING)
         while (way := fewer_threads(self.best.options)) is not None and self.attempt(way):
             continue
+        if 1 < self.best.options.threads < threads:
+            self.attempt(SPINNING)
 
     def attempt_provider(self, provider: str | None, library: str | None) -> bool:
         """The best way with another execution provider, which a `library` names itself when it is loaded."""

@@ -83,4 +83,5 @@ def remedies(cpu: Cpu) -> list[Way]:
 def fewer_threads(options: ExecutionOptions) -> Way | None:
     """Half of them, None when there is one: more than the memory feeds only wait for each other."""
     half = options.threads // 2
-    return Way(f"{half} thread{'s' if half > 1 else ''}", Figure.BOTH, {"threads": half}) if half else None
+    change = {"threads": half, "spinning": options.spinning and half > 1}
+    return Way(f"{half} thread{'s' if half > 1 else ''}", Figure.BOTH, change) if half else None

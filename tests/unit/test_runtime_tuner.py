@@ -202,10 +202,28 @@ def test_way_that_changes_nothing_is_not_tried_and_one_without_time_is_named() -
 def test_threads_are_halved_as_long_as_that_is_better() -> None:
     bench = Bench(decode=lambda o: 40.0 / o.threads, read=lambda o: 400.0 if o.threads > 1 else 50.0)
     tuner = tuner_on(bench)
-    tuner.attempt_fewer_threads()
-    assert tuner.best.options.threads == 2
-    assert outcomes(tuner) == {"as it comes": BEATEN, "2 threads": CHOSEN, "1 thread": BEATEN}
+    tuner.attempt_threads()
+    assert (tuner.best.options.threads, tuner.best.options.spinning) == (2, False)
+    assert [(trial.name, trial.outcome) for trial in tuner.trials] == [
+        ("as it comes", BEATEN), ("spinning threads", BEATEN), ("2 threads", CHOSEN), ("1 thread", BEATEN),
+        ("spinning threads", BEATEN),
+    ]  # fmt: skip
     assert fewer_threads(ExecutionOptions(threads=1)) is None
+
+
+def test_threads_that_lose_asleep_are_tried_spinning_before_one_is() -> None:
+    bench = Bench(decode=lambda o: 10.0 if o.threads == 1 else 20.0 if o.spinning else 5.0, read=lambda o: 50.0)
+    tuner = Tuner(lambda: Simulated(bench, ExecutionOptions(threads=2)), math.inf)
+    tuner.attempt_threads()
+    assert (tuner.best.options.threads, tuner.best.options.spinning) == (2, True)
+    assert outcomes(tuner) == {"as it comes": BEATEN, "spinning threads": CHOSEN, "1 thread": BEATEN}
+
+
+def test_one_thread_does_not_spin() -> None:
+    bench = Bench(decode=lambda o: (2.0 if o.spinning else 1.0) * 100.0 / o.threads**2)
+    tuner = tuner_on(bench)
+    tuner.attempt_threads()
+    assert (tuner.best.options.threads, tuner.best.options.spinning) == (1, False)
 
 
 def test_remedy_is_taken_where_the_usual_way_is_wrong() -> None:

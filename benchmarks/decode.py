@@ -1,7 +1,8 @@
 """One stream: tokens per second of decoding and of reading a prompt, beside llama.cpp and onnxruntime-genai.
 
-Every decoder is a process of its own with the same weights (int4 in blocks of 32, the tied head too) and the same
-number of threads, and works while the others wait. A step cannot be faster than the memory gives all weights once.
+Every decoder is a process of its own with the same weights (int4 in blocks of 32, the tied head too; ours in longer
+blocks, besides) and the same number of threads, and works while the others wait. A step cannot be faster than memory
+gives all weights once.
 """
 
 import time
@@ -23,12 +24,15 @@ PREFILL_TARGET = 1.2
 def run() -> Sequence[Row]:
     """Rows for both models, and for both in long blocks."""
     threads = allowed_threads(0)
-    return [entry for model in MODELS | LONG_BLOCKS for entry in _rows(model, threads)]
+    pairs = [*((model, model) for model in MODELS), *zip(LONG_BLOCKS, MODELS, strict=True)]
+    return [entry for model, theirs in pairs for entry in _rows(model, theirs, threads)]
 
 
-def _rows(model: str, threads: int) -> list[Row]:
-    kinds = {"ours": "ours", **PEERS}
-    children: dict[str, Child | PeerAbsent] = {name: _start(kind, model, threads) for name, kind in kinds.items()}
+def _rows(model: str, theirs: str, threads: int) -> list[Row]:
+    """Ours of `model` beside peers of `theirs`."""
+    children: dict[str, Child | PeerAbsent] = {
+        "ours": _start("ours", model, threads), **{name: _start(kind, theirs, threads) for name, kind in PEERS.items()}
+    }  # fmt: skip
     try:
         reading = measure({name: _reading(child) for name, child in children.items()}, ROUNDS)
         decoded = measure({name: decoding(child) for name, child in children.items()}, ROUNDS)

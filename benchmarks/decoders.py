@@ -28,7 +28,7 @@ LONG_BLOCKS: dict[str, Callable[[], Decoder]] = {
     f"{name}, blocks of {BLOCKS[-1]}": partial(make, longest=BLOCKS[-1])
     for name, make in {"smollm-135m": smollm, "tales-5m": sample}.items()
 }
-"""The same in the blocks that a budget has, onnxruntime-genai's, too; llama.cpp's stay Q4_0, in blocks of 32."""
+"""The same in the blocks that a budget has, beside peers in blocks of 32, as their own tools make them."""
 PRUNED: dict[str, Callable[[], Decoder]] = {
     "smollm-135m shrunken": lambda: pruned(smollm, Shrinking(heads=1 / 3, mlp=0.25)),
     "smollm-135m with zeros": lambda: pruned(smollm, Magnitude(0.5)),

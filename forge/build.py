@@ -85,7 +85,7 @@ def build_version(  # noqa: PLR0913  # each is a choice of the caller, three of 
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
     base_scales = read_scales(scales_of) if scales_of else {}
-    longest = longest or (longest_block(scales_of) if scales_of else BLOCK)
+    longest = longest or (longest_block(read_version(scales_of)) if scales_of else BLOCK)
     choices = _Choices(precision, rounded or {}, base_scales, longest, cache, progress)
     config, columns = make(source, temporary, choices)
     identity = (*named, config)
@@ -130,12 +130,12 @@ def _check_block(longest: int, precision: Precision, *, encoder: bool) -> None:
         raise ConfigError(f"nothing is stored in blocks as {precision}; leave --block out, or choose int4")
 
 
-def longest_block(directory: Path) -> int:
+def longest_block(version: VersionDocument) -> int:
     """Most weights of a version that share a scale; BLOCK where nothing is in blocks."""
-    columns = read_version(directory).tensors
+    columns = version.tensors
     shapes = dict(zip(columns.name, columns.shape, strict=True))
-    stems = [name.removesuffix(".packed") for name in shapes if name.endswith(".packed")]
-    return max((shapes[f"{stem}.packed"][1] // shapes[f"{stem}.scales"][1] for stem in stems), default=BLOCK)
+    pairs = ((shapes.get(f"{name.removesuffix('.scales')}.packed"), scales) for name, scales in shapes.items())
+    return max((packed[1] // scales[1] for packed, scales in pairs if packed is not None), default=BLOCK)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 from codec.encoder import EncodedPack, PlaneFigures, encode_pack
 from codec.versions import read_version
 from forge.bounds import Demand, measure_quality
-from forge.build import parameters_of
+from forge.build import longest_block, parameters_of
 from forge.progress import Progress, silent
 from forge.provenance import provenance_texts
 from host.keys import Signer
@@ -25,9 +25,10 @@ from wire.release import ArtifactRef, DeltaRef, Release, Variant
 from wire.signing import Role
 
 RELEASE_FILE = "release.json"
-VARIANTS = {Dtype.U2: "int2-block32", Dtype.U4: "int4-block32", Dtype.I8: "int8", Dtype.U8: "int8-block32"}
-"""Names of variants by the dtype of their matrices; the first that a version has, since tables may have another."""
-MIXED = "mixed-block32"
+VARIANTS = {Dtype.U2: "int2-block", Dtype.U4: "int4-block", Dtype.I8: "int8", Dtype.U8: "int8-block"}
+"""Names of variants by the dtype of their matrices, the first that a version has, since tables may have another; how
+many weights share a scale follows."""
+MIXED = "mixed-block"
 """Of layers whose matrices differ."""
 RAM_FACTOR = 2.5
 """Weights mapped, weights repacked by onnxruntime (up to 2.2 times), and a KV cache: what a node should have free."""
@@ -156,12 +157,13 @@ def _make_artifact(  # noqa: PLR0913  # each is another part of the manifest
 
 
 def variant_name(version: VersionDocument) -> str:
-    """How the matrices are stored, for people and for a node's report."""
+    """How the matrices are stored, for people and for a node's report, with the longest block."""
     columns = version.tensors
     in_layers = {dtype for name, dtype in zip(columns.name, columns.dtype, strict=True) if name.startswith("layers.")}
+    name = next((name for dtype, name in VARIANTS.items() if dtype in columns.dtype), "float32")
     if len(in_layers & VARIANTS.keys()) > 1:
-        return MIXED
-    return next((name for dtype, name in VARIANTS.items() if dtype in columns.dtype), "float32")
+        name = MIXED
+    return f"{name}{longest_block(version)}" if name.endswith("block") else name
 
 
 def _requirements(version: VersionDocument) -> Requirements:

@@ -52,7 +52,7 @@ def test_target_on_the_wire_holds_for_the_signed_release(small: tuple[Path, Allo
     released = make_release(out, tmp_path / "release", load_signer(tmp_path / "key.pem"), sequence=1)
     assert 0.97 * 2_000_000 < released.wire_bytes <= 2_000_000
     assert released.wire_bytes <= found.wire_bytes
-    assert variant_name(read_version(out)) == "mixed-block32"
+    assert variant_name(read_version(out)) == "mixed-block256"
 
 
 def test_expected_divergence_is_what_is_measured(small: tuple[Path, Allocation]) -> None:

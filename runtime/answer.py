@@ -31,6 +31,8 @@ class Wanted:
     prompt: Sequence[Message] | str | Sequence[int]
     sampling: Sampling
     stops: tuple[str, ...] = ()
+    streamed: bool = False
+    """Whether pieces are wanted as they come; else one at the end, or where a stop string may end it, is enough."""
     max_tokens: int | None = None
     default_tokens: int | None = None
     """Bound of the answer without `max_tokens`, if the context has so much left."""
@@ -66,7 +68,7 @@ class Answer:
             self.prompt_tokens = len(tokens)
             generation = Generation(
                 tokens, self._max_tokens(), self.wanted.sampling, self._take, self._ends(), self.wanted.deterministic,
-                self.wanted.top_logprobs,
+                self.wanted.top_logprobs, whole=not (self.wanted.streamed or self.wanted.stops),
             )  # fmt: skip
             self.version.engine.submit(generation)
             self._generation = generation

@@ -110,7 +110,7 @@ async def completions(request: Request) -> Response:
 
 def _wanted(body: ChatRequest | CompletionRequest, prompt: Any) -> Wanted:
     return Wanted(
-        body.model, prompt, body.sampling(), body.stops(), max_tokens=body.wanted_tokens(),
+        body.model, prompt, body.sampling(), body.stops(), streamed=bool(body.stream), max_tokens=body.wanted_tokens(),
         default_tokens=body.default_tokens, ignore_eos=body.ignore_eos, deterministic=body.deterministic,
         top_logprobs=body.wanted_logprobs(),
     )  # fmt: skip

@@ -337,11 +337,17 @@ class Engine:
 
     def _finish(self, deliveries: Deliveries) -> None:
         """Hand out a step's events, the slots of what ended being free already."""
+        ready: Deliveries = []
         for generation, event in deliveries:
+            generation.held.append(event)
             if isinstance(event, End):
                 self._leave(generation, event)
-        if deliveries:
-            self._deliver(deliveries)
+            elif generation.whole:
+                continue
+            ready += [(generation, held) for held in generation.held]
+            generation.held.clear()
+        if ready:
+            self._deliver(ready)
 
     def _fail(self, generations: list[Generation], error: Exception) -> None:
         end = _failure(generations, error)

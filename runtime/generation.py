@@ -49,6 +49,8 @@ class Generation:
     """Whether its steps are its own, so that what else runs changes no bit of its logits."""
     top_logprobs: int | None = None
     """How many alternatives come with the log probability of each token; None: tokens come without."""
+    whole: bool = False
+    """Whether its events are wanted together, when it has ended: nobody is woken for each token then."""
     cancelled: Reason | None = None
     """Set by Engine.cancel: how it is to end at the next step."""
     # the engine's from here on
@@ -67,6 +69,8 @@ class Generation:
     kept_tokens: int = 0
     drafter: Drafter | None = None
     """Guesses how it goes on; None: nobody does."""
+    held: list[Event] = field(default_factory=list)
+    """Of one that is wanted whole, what was not handed out yet."""
     accepted_s: float = 0.0
     first_token_s: float = 0.0
 

@@ -31,6 +31,10 @@ SPIN_DURATION_US = 1000
 """How long a thread of the pool spins for its next work: over what happens between two steps, and then it sleeps. With
 200 a step of a 5 M model took 0.54 ms instead of 0.23, one of a 135 M model 1.07 times as long (medians)."""
 
+STOPPED = {"session.force_spinning_stop": "1"}
+"""For the session that reads: its threads sleep as soon as a chunk is read, or they would spin into the decode steps
+that follow (eight streams of a 5 M model on two cores: 4,960 tokens/s instead of 4,400)."""
+
 NO_FLASH_VARIABLE = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _environment = threading.Lock()
 WEIGHTS_PLACE = "session.model_external_initializers_file_folder_path"
@@ -75,7 +79,7 @@ def packed_files(name: str) -> tuple[str, str]:
 def _configs(options: ExecutionOptions) -> dict[str, dict[str, str]]:
     configs = {DECODING: options.session_config}
     if options.reading_config is not None:
-        configs[READING] = options.session_config | options.reading_config
+        configs[READING] = options.session_config | STOPPED | options.reading_config
     return configs
 
 

@@ -15,7 +15,7 @@ from engine_requests import load as load_sample
 from runtime_fixtures import base_version, wait_for
 
 from runtime.engine import Engine
-from runtime.generation import Reason
+from runtime.generation import Deliveries, Reason, deliver_directly
 from runtime.model import PREFILL_TOKENS, WIDE_TOKENS, Model
 from runtime.prefix import BLOCK_TOKENS
 from runtime.sampling import Sampling
@@ -327,6 +327,24 @@ def test_request_cancelled_while_it_waits_for_memory_lets_the_next_one_run(text:
     assert small.wait().reason is Reason.LENGTH
     assert running.end is None, "the small one was meant to run beside it"
     engine.close()
+
+
+def test_answer_that_is_wanted_whole_is_handed_out_once_and_streams_beside_it_as_they_come(text: Text) -> None:
+    handed_out: list[Deliveries] = []
+
+    def deliver(deliveries: Deliveries) -> None:
+        handed_out.append(list(deliveries))
+        deliver_directly(deliveries)
+
+    engine = Engine("handing out", load(), Stats(), max_queue=QUEUE, deliver=deliver)
+    whole = ask(engine, prompts(text)[1], 20, whole=True)
+    stream = ask(engine, prompts(text)[2], 20)
+    assert whole.wait().reason is stream.wait().reason is Reason.LENGTH
+    engine.close()
+    assert len(whole.tokens) == len(stream.tokens) == 20
+    told = [[generation for generation, _ in batch] for batch in handed_out]
+    counts = [sum(one.generation in batch for batch in told) for one in (whole, stream)]
+    assert counts == [1, 20]  # the last token and the end come together
 
 
 def test_step_that_fails_fails_its_requests_and_the_engine_goes_on(engine: Engine, text: Text) -> None:

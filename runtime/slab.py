@@ -112,6 +112,10 @@ class Slab:
         self._reserved[slot] = 0
         self._written[slot] = max(self._written[slot], self._pages(length))
 
+    def remains(self, slot: int) -> int:
+        """Tokens from the first on for which the memory of `slot` was not given back since they were written."""
+        return self._written[slot] * mmap.PAGESIZE // self._row_bytes
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the `length` tokens of slot `source` to the free slot `target`, with what is reserved for them."""
         self._slots[:, target, :, :length] = self._slots[:, source, :, :length]

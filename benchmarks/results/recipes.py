@@ -86,6 +86,10 @@ RECIPES: tuple[Recipe, ...] = (
         ))
         for precision, rounding in (("int4", "k-quant"), ("int4", "gptq"), ("int2", "gptq"), ("ternary", "gptq"))
     ),
+    Recipe("int4, blocks of 256", Series.ROUNDED, (built("int4", " --block 256"),)),
+    Recipe("int4 by gptq, blocks of 256", Series.CALIBRATED, (
+        built("int4", " --block 256 --rounding gptq --calibration {calibration}"),
+    )),
     *(Recipe(f"budget {budget}", Series.BUDGET, (fitted(budget),)) for budget in BUDGETS),
     *(
         Recipe(f"{name} + {precision}", Series.PRUNED, (pruning, built(precision)))

@@ -16,9 +16,9 @@ from runtime_fixtures import base_version, wait_for
 from runtime.engine import Engine
 from runtime.generation import Reason
 from runtime.model import Float, Model
-from runtime.prefix import BLOCK_TOKENS
 from runtime.sampling import COLUMNS, Sampling
 from runtime.slab import Shape
+from runtime.slots import READ_ANEW
 from runtime.speculation import DRAFT_TOKENS, Answer, Speculation
 from runtime.stats import Stats
 from runtime.text import Text
@@ -191,7 +191,7 @@ def test_right_draft_is_taken_whole(prompts: list[list[int]], known: list[int]) 
     assert drafted(engine) == (59 - steps, 59 - steps)
     again = ask(engine, [*prompts[0], *known], 1)
     again.wait()
-    assert again.generation.cached == (len(prompts[0]) + 59) // BLOCK_TOKENS * BLOCK_TOKENS
+    assert again.generation.cached == len(prompts[0]) + len(known) - READ_ANEW
     engine.close()
 
 
@@ -235,7 +235,7 @@ def test_only_accepted_tokens_are_kept_for_the_next_request(
     going_on = [*prompt, *first.tokens, *prompt]
     second = ask(reckless, going_on, 20)
     second.wait()
-    assert second.generation.cached == (len(prompt) + 70 - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    assert second.generation.cached == len(prompt) + 70 - 1
     check_greedy(reference, going_on, second.tokens)
     assert drafted(reckless)[0] > drafted(reckless)[1] > 0
 

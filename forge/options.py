@@ -6,7 +6,7 @@ import numpy as np
 
 from codec.entropy import byte_histogram, entropy_bytes
 from forge.budget import Option
-from forge.quantise import BLOCKS, Float, Precision, round_on
+from forge.quantise import Float, Precision, round_on
 from forge.rounding import Grid
 
 STEPS_PER_DOUBLING = 8
@@ -36,7 +36,7 @@ def _grids(deviation: float) -> Iterator[Grid]:
     count = int(np.log2(COARSEST / FINEST) * STEPS_PER_DOUBLING)
     for k in range(count + 1):
         step = max(deviation, 1e-9) * FINEST * 2.0 ** (k / STEPS_PER_DOUBLING)
-        yield from (Grid(precision, step, BLOCKS[-1]) for precision in STEPPED)
+        yield from (Grid(precision, step, precision.longest_block) for precision in STEPPED)
 
 
 def _priced(name: str, seen: Float, grid: Grid, size: int, sensitivity: float) -> Option:

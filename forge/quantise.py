@@ -60,6 +60,11 @@ class Precision(StrEnum):
         return 2
 
     @property
+    def longest_block(self) -> int:
+        """Most weights that share a scale: of two bits onnxruntime has no fast kernel for 256 (11 times as slow)."""
+        return 128 if self.bits == 2 else BLOCKS[-1]
+
+    @property
     def of_tables(self) -> "Precision":
         """What the embedding and the head are stored in: two bits would cost them more than they save, and rows that
         are looked up are multiplied with nothing."""
@@ -105,13 +110,14 @@ def quantise_blocks(
     name: str, weights: Float, base_scales: Float | None = None, *, precision: Precision = Precision.INT4,
     longest: int = BLOCK,
 ) -> BlockMatrix:  # fmt: skip
-    """Quantise `weights` [rows, columns] in blocks of `longest` or as few as divide the columns; with `base_scales` a
+    """Quantise `weights` [rows, columns] in blocks of `longest`, or of as many as the precision may have and divide the
+    columns; with `base_scales` a
     block of int8 or int4 keeps the base's scale unless that would clip it, so that the difference to the base stays
     sparse.
 
     Raises ArtifactError(unsupported) when columns are no multiple of 32.
     """
-    blocks = in_blocks(name, weights, longest)
+    blocks = in_blocks(name, weights, min(longest, precision.longest_block))
     bits = precision.bits
     scales = block_scales(blocks, precision)
     if base_scales is not None and base_scales.shape == scales.shape and bits > 2:

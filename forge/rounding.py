@@ -48,11 +48,11 @@ class Grid:
     precision: Precision
     step: float | None = None
     longest: int = BLOCK
-    """Weights that share a scale, where the matrix has a whole number of such blocks."""
+    """Weights that share a scale, where the precision may have and the matrix has a whole number of such blocks."""
 
     def scales(self, name: str, weights: Float, importance: Float | None = None) -> Float:
         """float32 [rows, blocks] on the bfloat16 grid; `importance` [columns] weighs errors of fitted ones."""
-        blocks = in_blocks(name, weights, self.longest)
+        blocks = in_blocks(name, weights, min(self.longest, self.precision.longest_block))
         if self.step is None:
             return block_scales(blocks, self.precision, importance)
         step = to_bf16_grid(np.array([self.step], np.float32))

@@ -62,10 +62,15 @@ def test_no_weight_is_further_from_its_level_than_half_a_step_of_its_block(count
     assert np.all(error <= 0.51 * matrix.scales[:, :, None])
 
 
-@pytest.mark.parametrize("precision", [Precision.INT8, Precision.INT4, Precision.TERNARY])
-def test_kernels_compute_what_the_twin_of_long_blocks_says(precision: Precision, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("precision", "blocks"),
+    [(Precision.INT8, {256}), (Precision.INT4, {256}), (Precision.TERNARY, {128, 256})],  # tables of ternary are int4
+)
+def test_kernels_compute_what_the_twin_of_long_blocks_says(
+    precision: Precision, blocks: set[int], tmp_path: Path
+) -> None:
     version = build_version(SAMPLE, tmp_path / "out", ("m", "1"), precision=precision, longest=BLOCKS[-1])
-    assert stored_blocks(tmp_path / "out") == {HIDDEN: {256}, MLP: {64}}
+    assert stored_blocks(tmp_path / "out") == {HIDDEN: blocks, MLP: {64}}
     expected = twin_judge(tmp_path / "out", version).logits(PROMPT)
     found = shipped_judge(tmp_path / "out", version).logits(PROMPT)
     assert np.abs(found - expected).max() < 0.15 * expected.std()
@@ -84,18 +89,19 @@ def test_prompts_are_read_by_integers_from_long_blocks_too(tmp_path: Path) -> No
     assert np.abs((matrix * of_outputs).T - shipped.dequantise()).max() <= 0.51 * of_outputs.max()
 
 
-def test_feedback_makes_up_for_columns_of_a_long_block() -> None:
+@pytest.mark.parametrize("precision", [Precision.INT4, Precision.INT2])
+def test_feedback_makes_up_for_columns_of_a_long_block(precision: Precision) -> None:
     with open_model(SAMPLE) as model:
         moments = measure_moments(model, [PROMPT * 6], silent)["layers.0.qkv"]
         original = model.matrix("layers.0.qkv")
 
     def error(rounding: Rounding) -> float:
-        rounded = round_matrix("w", original, Grid(Precision.INT4, longest=BLOCKS[-1]), rounding, moments)
-        assert rounded.block == HIDDEN
+        rounded = round_matrix("w", original, Grid(precision, longest=BLOCKS[-1]), rounding, moments)
+        assert rounded.block == precision.longest_block
         difference = rounded.dequantise() - original
         return float(np.einsum("ij,jk,ik->", difference, moments, difference))
 
-    assert error(Rounding.GPTQ) < 0.7 * error(Rounding.NEAREST)
+    assert error(Rounding.GPTQ) < 0.8 * error(Rounding.NEAREST)
 
 
 def test_command_builds_rounded_versions_in_long_blocks(tmp_path: Path) -> None:

@@ -100,11 +100,17 @@ class Row:
     """False when the target is missed or the named peer is absent."""
 
 
+REST_S = 0.1
+"""onnxruntime's threads spin for tens of milliseconds when nobody bounds it: a 5 M model of ours had 0.63 to 0.74 of the
+speed of onnxruntime-genai's when it was measured right after that, 1.0 to 1.2 after a pause."""
+
+
 def measure(subjects: Mapping[str, Subject], rounds: int = ROUNDS) -> dict[str, Samples | None]:
     """Run every subject once to warm up, then `rounds` times in turns; None for one that raised PeerAbsent.
 
     The order is another one each round, so that nobody always runs after the same neighbour, and none of several runs
-    twice in a row, its data still in the cache. Two take turns in both orders alike.
+    twice in a row, its data still in the cache. Two take turns in both orders alike. Each begins when the threads of
+    the one before it have had time to stop spinning.
     """
     if rounds < ROUNDS:
         raise ValueError(f"a median of {rounds} rounds tells nothing; use at least {ROUNDS}")
@@ -112,6 +118,7 @@ def measure(subjects: Mapping[str, Subject], rounds: int = ROUNDS) -> dict[str, 
     values: dict[str, list[float]] = {name: [] for name in present}
     for names in _orders(list(present), rounds):
         for name in names:
+            time.sleep(REST_S)
             values[name].append(present[name]())
     return {name: Samples(tuple(values[name])) if name in values else None for name in subjects}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import harness
 from benchmarks.harness import (
     PeerAbsent,
     Row,
@@ -20,6 +21,12 @@ from benchmarks.harness import (
     rows_against,
     save,
 )
+
+
+@pytest.fixture(autouse=True)
+def without_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody spins here."""
+    monkeypatch.setattr(harness, "REST_S", 0.0)
 
 
 def test_subjects_are_measured_in_turns_after_one_warm_up() -> None:

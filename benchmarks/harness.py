@@ -101,8 +101,8 @@ class Row:
 
 
 REST_S = 0.1
-"""onnxruntime's threads spin for tens of milliseconds when nobody bounds it: a 5 M model of ours had 0.63 to 0.74 of the
-speed of onnxruntime-genai's when it was measured right after that, 1.0 to 1.2 after a pause."""
+"""onnxruntime's threads spin for tens of milliseconds when nobody bounds it: a 5 M model of ours had 0.63 to 0.74 of
+the speed of onnxruntime-genai's when it was measured right after that, 1.0 to 1.2 after a pause."""
 
 
 def measure(subjects: Mapping[str, Subject], rounds: int = ROUNDS) -> dict[str, Samples | None]:

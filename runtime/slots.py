@@ -57,8 +57,9 @@ class Slots:
             generation.kept = blocks[-1]
         if generation.kept_tokens > here:
             self._slab.recall([block.row for block in blocks], generation.slot)
-        known = min(max(here, generation.kept_tokens), len(generation.prompt) - READ_ANEW)
-        generation.length = generation.cached = max(0, known)
+        known = max(here, generation.kept_tokens)
+        if known >= BLOCK_TOKENS:  # the first words of many are the same
+            generation.length = generation.cached = min(known, len(generation.prompt) - READ_ANEW)
 
     def keep(self, generation: Generation) -> None:
         """Keep the blocks that became whole; none while every row is in use by others."""

@@ -201,6 +201,9 @@ def test_what_a_request_left_in_its_slot_is_gone_on_with_until_its_memory_is_giv
     again.wait()
     assert again.generation.cached % BLOCK_TOKENS == 0
     check_greedy(reference, [*prompt, *one.tokens], again.tokens)
+    apart = ask(engine, [*prompt[: BLOCK_TOKENS - 1], *prompts(text)[1]], 5)
+    apart.wait()
+    assert apart.generation.cached == 0  # the first words of many are the same
 
 
 def test_slot_that_an_answer_moved_out_of_has_what_that_one_read(engine: Engine, reference: Model, text: Text) -> None:

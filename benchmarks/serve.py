@@ -29,6 +29,8 @@ from runtime.cpu import allowed_threads
 
 STREAMS, PROMPT_TOKENS, ANSWER_TOKENS = 8, 64, 64
 LONG_PROMPT_TOKENS, MORE_TOKENS = 1000, 8
+ROUNDS = 11
+"""Of the streams: a shared machine has faster and slower minutes, of which a median of five meets either."""
 SERVER = LLAMA / "build" / "bin" / "llama-server"
 PEER = "llama-server"
 
@@ -93,7 +95,7 @@ def _rows(model: str, threads: int) -> list[Row]:
             servers[PEER] = stack.enter_context(_theirs(decoder, threads))
         except PeerAbsent as absence:
             servers[PEER] = absence
-        streams = measure({name: _streams(server, seeds) for name, server in servers.items()})
+        streams = measure({name: _streams(server, seeds) for name, server in servers.items()}, ROUNDS)
         cores = sorted(own_cores())
         apart: dict[str, Server | PeerAbsent] = {
             "replicas": stack.enter_context(_ours(decoder, 1, [str(core) for core in cores])),

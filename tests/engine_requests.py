@@ -9,10 +9,11 @@ from runtime_fixtures import SLOWNESS, Version, base_version
 
 from runtime.engine import Engine
 from runtime.generation import End, Event, Generation
-from runtime.model import Float, Model
+from runtime.model import PREFILL_TOKENS, Float, Model
 from runtime.sampling import Sampling
 from runtime.slab import Shape
 from runtime.speculation import DRAFT_TOKENS, Answer, Drafter, Speculation
+from runtime.text import Text
 from wire.serving import ExecutionOptions
 
 Loaded = TypeVar("Loaded", bound=Model)
@@ -124,3 +125,17 @@ def check_greedy(reference: Model, prompt: list[int], tokens: list[int]) -> None
     for position, token in enumerate(tokens):
         assert row.max() - row[token] <= TOLERANCE * row.std(), f"token {position} is not what one step gives"
         row = reference.decode([token], [len(prompt) + position])[0]
+
+
+def prompts(text: Text) -> list[list[int]]:
+    """Of one token, within a chunk, exactly a chunk, and over several chunks."""
+    long = text.encode(
+        "She opened the letter slowly, and read it twice before she spoke to him again. " * 30, special=False
+    )
+    return [long[:1], long[5:25], long[:PREFILL_TOKENS], long[: 2 * PREFILL_TOKENS + 17], long[3:90]]
+
+
+def ask_at_once(engine: Engine, all_prompts: list[list[int]], count: int) -> list[Asked]:
+    """All of them wait when the engine looks next."""
+    with engine._changed:
+        return [ask(engine, prompt, count) for prompt in all_prompts]

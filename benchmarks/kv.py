@@ -1,6 +1,7 @@
 """Keys and values: what an int8 cache saves and costs beside float32, and what memory slots take.
 
-Speed is of the 135 M shape, both models in this process and in turns; quality is of the sample LM on its own windows.
+Speed is of the 135 M shape, both models as their probes choose, in this process and in turns; quality is of the sample
+LM on its own windows.
 """
 
 import re
@@ -11,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.decoder_models import ROOT, sample, smollm
+from benchmarks.decoders import probed_options
 from benchmarks.harness import Row, Subject, at_least, at_most, exact, measure, row, rows_against
 from forge.cache_scales import Int8Cache
 from forge.evaluate import evaluate_version
 from runtime.cpu import allowed_threads
 from runtime.model import PREFILL_TOKENS, Model
 from runtime.slab import Shape, Slab, token_bytes
-from wire.serving import ExecutionOptions
 
 INT8, FLOAT = "int8", "float32 cache"
 CAPACITY, STREAMS, STEPS = 2304, 8, 8
@@ -33,15 +34,14 @@ def run() -> Sequence[Row]:
 
 def _speed() -> list[Row]:
     decoders = {INT8: smollm(Int8Cache()), FLOAT: smollm()}
-    options = ExecutionOptions(threads=allowed_threads())
-    shape = Shape(STREAMS, CAPACITY)
-    models = {n: Model(d.directory, d.config, shape, options) for n, d in decoders.items()}
+    threads, shape = allowed_threads(), Shape(STREAMS, CAPACITY)
+    models = {n: Model(d.directory, d.config, shape, probed_options(d, threads)) for n, d in decoders.items()}
     for model in models.values():
         for start in range(0, LENGTHS[-1], PREFILL_TOKENS):
             model.prefill(0, [token % 4000 + 3 for token in range(start, start + PREFILL_TOKENS)], start)
         for slot in range(1, STREAMS):
             model.slab.move(0, slot, LENGTHS[-1])
-    name = f"smollm-135m, {options.threads} threads"
+    name = f"smollm-135m, {threads} threads"
     sizes = {n: token_bytes(d.config) for n, d in decoders.items()}
     rows = [row(f"{name}: bytes of a token", "B", exact(sizes[INT8]), None, (FLOAT, exact(sizes[FLOAT])))]
     for streams, length in [*((1, length) for length in LENGTHS), (STREAMS, LENGTHS[0]), (STREAMS, LENGTHS[-1])]:

@@ -21,6 +21,9 @@ FLOAT_ATTENTION_INPUTS = 9
 and then the scales."""
 ROTARY_FREQUENCIES, ROTARY_LIMIT = "rotary.inverse_frequency", "rotary.limit"
 """Constants that the rotary tables are made of: float32 [1, head_size / 2], and how many positions."""
+SCORE_SCALE = 1.0
+"""What the attention multiplies products of queries and keys by: nothing, for then onnxruntime has a kernel for the one
+row of a decode step. The usual 1 / sqrt(head_size) is in the rotary tables, a root of it each (docs/adr/0019)."""
 CACHE_ATTRIBUTES = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
 
 
@@ -37,7 +40,11 @@ class _DecoderBuilder(GraphBuilder):
         return self.node("Add", [source, self.vector(f"{source}.bias", bias)], [f"{source}.biased"])
 
     def rotary_tables(self) -> tuple[str, str]:
-        """cos and sin of position times inverse frequency, [context, head_size / 2] (forge/rotary.py)."""
+        """cos and sin of position times inverse frequency (forge/rotary.py), times the fourth root of 1 / head_size:
+        queries and keys both get it, so that their products are as scaled as attention wants them.
+
+        float32 [context, head_size / 2] each.
+        """
         a = self.architecture
         self.constant(ROTARY_FREQUENCIES, a.rotary.inverse_frequencies(a.head_size)[None, :], np.float32)
         for name, value in (("rotary.start", 0), (ROTARY_LIMIT, a.context_tokens), ("rotary.step", 1)):
@@ -46,10 +53,12 @@ class _DecoderBuilder(GraphBuilder):
         self.constant("rotary.column", [1], np.int64)
         self.node("Unsqueeze", ["rotary.range", "rotary.column"], ["rotary.positions"])
         self.node("Mul", ["rotary.positions", ROTARY_FREQUENCIES], ["rotary.angles"])
-        return (
-            self.node("Cos", ["rotary.angles"], ["rotary.cos"]),
-            self.node("Sin", ["rotary.angles"], ["rotary.sin"]),
+        self.constant("rotary.scale", a.head_size**-0.25, np.float32)
+        cos, sin = (
+            self.node("Mul", [self.node(kind, ["rotary.angles"], [f"rotary.{kind.lower()}"]), "rotary.scale"], [name])
+            for kind, name in (("Cos", "rotary.cos.scaled"), ("Sin", "rotary.sin.scaled"))
         )
+        return cos, sin
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +137,7 @@ def _attention(  # noqa: PLR0913  # each is another input of the node
         inputs += ["", "", "", *scales]
     b.node(
         "GroupQueryAttention", inputs, outputs, CONTRIB, num_heads=a.heads, kv_num_heads=a.kv_heads, do_rotary=1,
-        rotary_interleaved=0, scale=a.head_size**-0.5, **(CACHE_ATTRIBUTES if cache is not None else {}),
+        rotary_interleaved=0, scale=SCORE_SCALE, **(CACHE_ATTRIBUTES if cache is not None else {}),
         **({"local_window_size": a.windows[i]} if a.windows[i] else {}),
     )  # fmt: skip
     return b.biased(multiply(b, f"{name}.output", name, layer.output), layer.output_bias)

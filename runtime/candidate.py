@@ -22,7 +22,7 @@ from runtime.session import ONNXRUNTIME
 from runtime.subject import Subject, check_text, load_subject
 from runtime.tuner import Tuner, in_turns
 from runtime.version import open_version, weights_bytes
-from runtime.ways import Figure, kernel_ways, remedies
+from runtime.ways import Figure, kernel_ways, remedies, usual
 from wire.errors import AmperageError
 from wire.manifest import GraphConfig, VersionDocument
 from wire.serving import ExecutionOptions, ProbeReport, ProbeVerdict
@@ -107,8 +107,8 @@ def _probe(orders: Orders) -> ProbeReport:
     check_text(orders.candidate, document)
     if orders.foreign is not None:
         return _try_provider(orders.candidate, document, orders.foreign)
-    options, cpu = ExecutionOptions(threads=threads), detect_cpu()
-    tuner = Tuner(partial(load_subject, orders.candidate, document, options), until_s)
+    cpu = detect_cpu()
+    tuner = Tuner(partial(load_subject, orders.candidate, document, usual(cpu, threads)), until_s)
     if tuner.judged.fault and not tuner.remedy(remedies(cpu)):
         return _report(ProbeVerdict.GOLDEN_MISMATCH, tuner)
     for way in kernel_ways(cpu):

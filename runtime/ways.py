@@ -49,13 +49,25 @@ WITHOUT_KLEIDIAI = Way("without KleidiAI", Figure.BOTH, config={"mlas.disable_kl
 BFLOAT16 = Way("bfloat16 products", Figure.BOTH, config={"mlas.enable_gemm_fastmath_arm64_bfloat16": "1"})
 FLOAT_EVERYWHERE = Way("float activations", Figure.BOTH, config=FLOAT_ACTIVATIONS)
 SPINNING = Way("spinning threads", Figure.DECODE, {"spinning": True})
-WHOLE_ATTENTION = Way("attention by whole matrices", Figure.READ, {"flash_attention": False})
+WHOLE_ATTENTION = Way("attention by whole matrices", Figure.BOTH, {"flash_attention": False})
+TILED_ATTENTION = Way("attention by tiles", Figure.BOTH, {"flash_attention": True})
 READING_SESSION = Way("a session that reads", Figure.READ, {"reading_config": FLOAT_ACTIVATIONS})
 INTEGER_READING = tuple(
     Way(f"a session that reads by integers: {what}", Figure.READ, {"reading_config": {}, "integer_reading": what})
     for what in IntegerReading
 )
 """The second rounds less and is for models that the first would hurt."""
+
+
+def usual(cpu: Cpu, threads: int) -> ExecutionOptions:
+    """How a version runs before anything was tried. Attention by whole matrices has a kernel for the one row of a step
+    on x86 (docs/adr/0019); elsewhere it is as onnxruntime has it of itself."""
+    return ExecutionOptions(threads=threads, flash_attention=cpu.machine != "x86_64")
+
+
+def other_attention(options: ExecutionOptions) -> Way:
+    """The attention that `options` have not."""
+    return WHOLE_ATTENTION if options.flash_attention else TILED_ATTENTION
 
 
 def kernel_ways(cpu: Cpu) -> list[Way]:

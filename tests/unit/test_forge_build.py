@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
@@ -74,6 +75,14 @@ def test_embedding_and_head_share_one_tensor_on_aligned_offsets(versions: dict[s
     assert large
     assert all(columns.offset[row] % (64 * 1024) == 0 for row in large)
     assert all(offset % 64 == 0 for offset in columns.offset)
+
+
+def test_attention_multiplies_scores_by_nothing(versions: dict[str, Path]) -> None:
+    graph = onnx.load(str(versions["base"] / "model.onnx"), load_external_data=False).graph
+    attentions = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+    scales = [a.f for node in attentions for a in node.attribute if a.name == "scale"]
+    assert scales == [1.0] * len(attentions)  # the kernel of one row takes no other (docs/adr/0019)
+    assert attentions
 
 
 def test_int4_costs_little_perplexity_on_the_models_own_windows(versions: dict[str, Path]) -> None:

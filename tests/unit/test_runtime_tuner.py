@@ -15,19 +15,22 @@ from runtime_fixtures import base_version
 
 from runtime.cpu import Cpu
 from runtime.golden import Judgement
-from runtime.subject import load_subject
+from runtime.subject import MEASURED_PROMPT_TOKENS, MEASURED_TOKENS, DecoderSubject, load_subject
 from runtime.tuner import Tuner
 from runtime.ways import (
     BFLOAT16,
     FLOAT_EVERYWHERE,
     SPINNING,
+    TILED_ATTENTION,
     WHOLE_ATTENTION,
     WITHOUT_KLEIDIAI,
     Figure,
     Way,
     fewer_threads,
     kernel_ways,
+    other_attention,
     remedies,
+    usual,
 )  # fmt: skip
 from wire.errors import Code, DeployError
 from wire.manifest import VersionDocument
@@ -107,6 +110,14 @@ def outcomes(tuner: Tuner) -> dict[str, TrialOutcome]:
 def test_kernels_are_those_that_the_core_has(cpu: Cpu, kernels: list[Way], rescue: Way) -> None:
     assert kernel_ways(cpu) == kernels
     assert remedies(cpu) == [rescue]
+
+
+@pytest.mark.parametrize(("cpu", "other"), [(X86, TILED_ATTENTION), (N1, WHOLE_ATTENTION)])
+def test_attention_that_a_core_does_not_begin_with_is_tried(cpu: Cpu, other: Way) -> None:
+    options = usual(cpu, 3)
+    assert options.threads == 3
+    assert other_attention(options) == other
+    assert other.applied(options) == usual(N1 if cpu is X86 else X86, 3)
 
 
 def test_change_keeps_what_was_chosen_before() -> None:
@@ -253,6 +264,22 @@ def test_packed_weights_are_taken_when_they_are_used_whatever_noise_says_of_thei
     noisy = tuner_on(Bench(packed=0.7))
     assert noisy.attempt_packed(Path("cache"), lambda: "")
     assert noisy.trials[-1].ratio == pytest.approx(0.7)
+
+
+def test_decoding_is_measured_behind_what_reading_reads() -> None:
+    version = base_version()
+    subject = load_subject(version.directory, version.document, ExecutionOptions(threads=1))
+    assert isinstance(subject, DecoderSubject)
+    decode, lengths, read = subject.model.decode, list[int](), list[int]()
+    prefill = subject.model.prefill
+    subject.model.decode = lambda tokens, at: (lengths.extend(at), decode(tokens, at))[1]
+    subject.model.prefill = lambda slot, tokens, at: (read.append(at + len(tokens)), prefill(slot, tokens, at))[1]
+    assert subject.tokens_per_s() > 0
+    assert read[-1] == MEASURED_PROMPT_TOKENS
+    assert lengths == list(range(MEASURED_PROMPT_TOKENS, MEASURED_PROMPT_TOKENS + MEASURED_TOKENS))
+    subject.tokens_per_s()
+    assert read.count(MEASURED_PROMPT_TOKENS) == 1
+    subject.close()
 
 
 def test_real_way_that_is_slower_by_far_is_beaten_with_the_same_answers() -> None:

@@ -19,21 +19,26 @@ ENCODER_HALVES = {"attention": "layers.{}.output", "mlp": "layers.{}.down"}
 """By half of a layer, the name of the value that its last matrix makes."""
 PRODUCT = ".product"
 """Ends the name of what an int8 matrix makes before its scale (forge/integers.py)."""
+WINDOW_TOKENS = 64
+"""What is left of a text, as if the attention looked back no further."""
 ROTARY_STRETCH = 10.0
 """Times the base of the rotary positions, as a checkpoint for a longer context would have it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What is wrong, for people, and the tensors of the graph that make it so."""
+    """What is wrong, for people, and the tensors of the graph that make it so, or how much of the text is left."""
 
     name: str
     tensors: Mapping[str, Float]
+    window: int = 0
+    """Last tokens of a text that are read; 0: all."""
 
 
 def decoder_damages(twin: ModelProto, layers: int, longest: int) -> list[Damage]:
-    """Every half of every layer left out, and rotary positions of another base. Makes inputs of `twin` of what they
-    replace, and its rotary tables as short as texts of `longest` tokens allow, since they are now made in every run.
+    """Every half of every layer left out, rotary positions of another base and, where texts are long enough for it to
+    show, only their last tokens read. Makes inputs of `twin` of what they replace, and its rotary tables as short as
+    texts of `longest` tokens allow, since they are now made in every run.
     """
     stored = {tensor.name: tensor for tensor in twin.graph.initializer}
     stored[ROTARY_LIMIT].CopyFrom(numpy_helper.from_array(np.asarray(longest, np.float32), ROTARY_LIMIT))
@@ -41,7 +46,8 @@ def decoder_damages(twin: ModelProto, layers: int, longest: int) -> list[Damage]
     steps = np.linspace(0, 1, right.size, endpoint=False).reshape(right.shape)
     stretched = (right * ROTARY_STRETCH**-steps).astype(np.float32)
     _let_replace(twin, stored[ROTARY_FREQUENCIES])
-    return [*_left_out(twin, layers, DECODER_HALVES), Damage("rotary positions", {ROTARY_FREQUENCIES: stretched})]
+    damages = [*_left_out(twin, layers, DECODER_HALVES), Damage("rotary positions", {ROTARY_FREQUENCIES: stretched})]
+    return [*damages, Damage("a window", {}, WINDOW_TOKENS)] if longest >= 2 * WINDOW_TOKENS else damages
 
 
 def encoder_damages(twin: ModelProto, layers: int) -> list[Damage]:

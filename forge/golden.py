@@ -59,12 +59,12 @@ def make_golden(directory: Path, version: VersionDocument, tokenizer: Tokenizer)
     damages = decoder_damages(twin, config.layers, max(len(row.text) for row in rows))
     judge = Judge(twin.SerializeToString(), *shape_of(version))
     reference, shipped = _logits(judge, rows), _logits(shipped_judge(directory, version), rows)
-    seen = [relative_error(_logits(judge, rows, damage.tensors), reference) for damage in damages]
+    seen = [relative_error(_damaged(judge, rows, damage), reference) for damage in damages]
     late = np.array([row.late for row in rows])
     choices = choose_rows(late, reference, relative_error(shipped, reference), np.array(seen))
     numbers = [choice.row for choice in choices]
     chosen = [rows[number] for number in numbers]
-    damaged = [np.concatenate([_logits(judge, [row], damage.tensors) for row in chosen]) for damage in damages]
+    damaged = [np.concatenate([_damaged(judge, [row], damage) for row in chosen]) for damage in damages]
     random = np.random.default_rng(0)
     vectors = tuple(
         make_vector(row, reference[choice.row], damaged[choice.damage][i] - reference[choice.row], random)
@@ -132,6 +132,11 @@ def _logits(judge: Judge, rows: Sequence[Row], tensors: Mapping[str, Float] | No
     """Logits float32 [rows, vocabulary]; rows of one text are beside each other and take one run."""
     runs = [(text, [row.position for row in run]) for text, run in groupby(rows, lambda row: row.text)]
     return np.concatenate([judge.logits(text[: max(places) + 1], places, tensors) for text, places in runs])
+
+
+def _damaged(judge: Judge, rows: Sequence[Row], damage: Damage) -> Float:
+    """As _logits, of the model or the texts with `damage`."""
+    return _logits(judge, [row.recent(damage.window) if damage.window else row for row in rows], damage.tensors)
 
 
 def _worst(vectors: Sequence[GoldenVector], rows: Float) -> float:

@@ -35,6 +35,13 @@ class Row:
         """What a golden vector reads."""
         return self.text[: self.position + 1]
 
+    def recent(self, count: int) -> "Row":
+        """The same place when only the last `count` tokens are read."""
+        if self.position < count:
+            return self
+        tokens = self.tokens[-count:]
+        return Row(tokens, len(tokens) - 1, self.late)
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:

@@ -101,10 +101,11 @@ def test_bit_that_no_logit_shows_is_for_the_digest_to_notice(copied: Path) -> No
     assert passed, "if these are noticed, say so in docs/look-into-an-artifact.md"
 
 
-def test_least_noticed_damage_is_told_and_is_twice_the_tolerance_at_least(tmp_path: Path) -> None:
+def test_least_noticed_damage_is_told_and_is_well_over_the_tolerance(tmp_path: Path) -> None:
     provenance = read_provenance(base_version().directory)
     assert provenance is not None
-    assert provenance.least_noticed.ratio > 2
+    assert provenance.least_noticed.damage == "a window"  # of 64 tokens; a text has 160
+    assert provenance.least_noticed.ratio > 1.5
     encoder = read_provenance(encoder_version().directory)
     assert encoder is not None
     assert encoder.least_noticed.damage.startswith("layer ")

@@ -101,6 +101,13 @@ def test_bit_that_no_logit_shows_is_for_the_digest_to_notice(copied: Path) -> No
     assert passed, "if these are noticed, say so in docs/look-into-an-artifact.md"
 
 
+def test_rotary_positions_of_another_base_are_twice_the_tolerance_at_least(copied: Path) -> None:
+    change_graph(copied, lambda model: stretch(model, 10))
+    judged = judge(copied)
+    assert judged.worst_error is not None
+    assert judged.worst_error > 2 * judged.tolerance  # beside the window the damage that shows least
+
+
 def test_least_noticed_damage_is_told_and_is_well_over_the_tolerance(tmp_path: Path) -> None:
     provenance = read_provenance(base_version().directory)
     assert provenance is not None

@@ -21,6 +21,8 @@ from wire.errors import AmperageError
 from wire.serving import ExecutionOptions, Trial, TrialOutcome
 
 ROUNDS_LEAST, ROUNDS_MOST = 3, 21
+ROUNDS_PLAIN = 6
+"""Rounds after which a race may be over before its time: a fair coin falls so often on one side in 3 of 100 times."""
 MEASURE_BUDGET_S = 2.0
 BETTER_BY = 1.05
 """Other options must win clearly, because measurements on a serving node are noisy."""
@@ -30,6 +32,9 @@ the tolerance alone would let pass what KleidiAI's kernels round off models with
 COST_FACTOR = 2.0
 """Seconds to load and judge another way per second of the first load."""
 DETAIL_LIMIT = 300
+
+Speeds = tuple[float, float]
+"""Tokens per second of generating and of reading."""
 
 
 class Tuner:
@@ -158,7 +163,11 @@ class Tuner:
 
     def _race(self, other: Subject, figure: Figure, better_by: float) -> str:
         """Measure the best and `other`, whose row is the last, in turns; says why it is beaten, or nothing."""
-        mine, others = in_turns((self.best, other), figure)
+
+        def is_over(mine: list[Speeds], others: list[Speeds]) -> bool:
+            return is_plain([figure.of(*b) / figure.of(*a) for a, b in zip(mine, others, strict=True)], better_by)
+
+        mine, others = in_turns((self.best, other), figure, is_over)
         ratio = figure.of(*others) / figure.of(*mine)
         for row, speeds in ((self._best_row, mine), (len(self._rows) - 1, others)):
             found = {"tokens_per_s": speeds[0], "read_tokens_per_s": speeds[1]}
@@ -170,23 +179,26 @@ class Tuner:
         self._rows[row] = self._rows[row].model_copy(update={"outcome": outcome, "detail": detail[:DETAIL_LIMIT]})
 
 
-def in_turns(subjects: Sequence[Subject], figure: Figure) -> list[tuple[float, float]]:
-    """Median tokens per second of generating and of reading, nan for what `figure` does not ask, per subject."""
-    samples: list[tuple[list[float], list[float]]] = [([], []) for _ in subjects]
+def in_turns(subjects: Sequence[Subject], figure: Figure, is_over: Callable[..., bool] | None = None) -> list[Speeds]:
+    """Medians of every subject, nan for what `figure` does not ask; `is_over` is asked after every round about the
+    samples of each."""
+    samples: list[list[Speeds]] = [[] for _ in subjects]
     until_s = time.perf_counter() + MEASURE_BUDGET_S
-    for count in range(ROUNDS_MOST):
-        if count >= ROUNDS_LEAST and time.perf_counter() > until_s:
+    for count in range(1, ROUNDS_MOST + 1):
+        for subject, taken in zip(subjects, samples, strict=True):
+            decode = subject.tokens_per_s() if figure is not Figure.READ else math.nan
+            taken.append((decode, subject.read_tokens_per_s() if figure is not Figure.DECODE else math.nan))
+        is_late = count >= ROUNDS_LEAST and time.perf_counter() > until_s
+        if is_late or (is_over is not None and is_over(*samples)):
             break
-        for subject, (decode, read) in zip(subjects, samples, strict=True):
-            if figure is not Figure.READ:
-                decode.append(subject.tokens_per_s())
-            if figure is not Figure.DECODE:
-                read.append(subject.read_tokens_per_s())
-    return [(_median(decode), _median(read)) for decode, read in samples]
+    columns = [tuple(zip(*taken, strict=True)) for taken in samples]
+    return [(statistics.median(decode), statistics.median(read)) for decode, read in columns]
 
 
-def _median(values: list[float]) -> float:
-    return statistics.median(values) if values else math.nan
+def is_plain(ratios: Sequence[float], bound: float) -> bool:
+    """Whether nearly all of `ratios` are on the same side of `bound`: all of 6, all but one of 12, but two of 18."""
+    above = sum(ratio > bound for ratio in ratios)
+    return min(above, len(ratios) - above) <= len(ratios) // ROUNDS_PLAIN - 1
 
 
 def _suits(other: Subject, judged: Judgement) -> str:

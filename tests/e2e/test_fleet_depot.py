@@ -49,8 +49,16 @@ def topics(request: pytest.FixtureRequest) -> Topics:
 
 @pytest.fixture
 def depot(address: Broker, topics: Topics, library: Library) -> Iterator[Depot]:
+    """Serves already: a want has QoS 0, and one that is said before the depot listens is nobody's."""
+    link = Connection(address, "early", queue.Queue(64))
+    link.start()
+    early = Status(node="early", online=False, boot_id=BOOT, session=1)
+    wait(link.is_up)
+    link.publish(topics.status("early"), encode_document(early), qos=1, retain=True)
     depot = Depot(address, topics, library)
     depot.start()
+    wait(lambda: depot._presence.get("early"))
+    link.stop()
     yield depot
     depot.stop()
 

@@ -16,7 +16,7 @@ from runtime_fixtures import base_version
 from runtime.cpu import Cpu
 from runtime.golden import Judgement
 from runtime.subject import MEASURED_PROMPT_TOKENS, MEASURED_TOKENS, DecoderSubject, load_subject
-from runtime.tuner import Tuner
+from runtime.tuner import ROUNDS_MOST, Tuner, is_plain
 from runtime.ways import (
     BFLOAT16,
     FLOAT_EVERYWHERE,
@@ -172,6 +172,36 @@ def test_way_that_rounds_far_more_is_not_kept_though_it_is_fast() -> None:
     tuner = tuner_on(bench)
     assert not tuner.attempt(BFLOAT16)
     assert "golden error is 0.050" in tuner.trials[1].detail
+
+
+@pytest.mark.parametrize(
+    ("others", "rounds"),
+    [([13.0], 6), ([9.0], 6), ([13.0] * 3 + [9.0] + [13.0] * 20, 12), ([9.0, 12.0], ROUNDS_MOST)],
+    ids=["better", "worse", "better but for once", "now this, now that"],
+)
+def test_race_ends_when_it_is_plain_who_wins(others: list[float], rounds: int) -> None:
+    measured = 0
+
+    def speed(options: ExecutionOptions) -> float:
+        nonlocal measured
+        if not options.spinning:
+            return 10.0
+        measured += 1
+        return others[(measured - 1) % len(others)]
+
+    tuner = tuner_on(Bench(decode=speed))
+    assert tuner.attempt(SPINNING) == (others[0] > 10)
+    assert measured == rounds
+
+
+def test_it_is_plain_when_few_rounds_say_otherwise() -> None:
+    assert not is_plain([], 1.05)
+    assert not is_plain([1.1] * 5, 1.05)
+    assert is_plain([1.1] * 6, 1.05)
+    assert is_plain([1.0] * 6, 1.05)
+    assert not is_plain([1.1] * 10 + [1.0], 1.05)
+    assert is_plain([1.1] * 11 + [1.0], 1.05)
+    assert not is_plain([1.1] * 10 + [1.0] * 2, 1.05)
 
 
 @pytest.mark.parametrize("speed", [9.0, 10.0, 10.4])

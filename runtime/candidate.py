@@ -116,6 +116,7 @@ def _probe(orders: Orders) -> ProbeReport:
     tuner.attempt_threads()
     for ways in tuner.best.reading_ways(apart=orders.reading_session):
         any(tuner.attempt(way) for way in ways)
+    tuner.attempt_shorter_pieces()
     kept = _packed(orders, tuner)
     incumbent = _incumbent(orders, tuner.best.options)
     speeds = in_turns([tuner.best, *([incumbent] if incumbent else [])], Figure.DECODE)

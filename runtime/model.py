@@ -29,8 +29,6 @@ Int = NDArray[np.int64]
 
 PREFILL_TOKENS = 128
 """Longest chunk of a prompt between two decode steps: it bounds the pause of running answers."""
-WIDE_TOKENS = 32
-"""Shortest chunk for the session that reads prompts: below it, the one that decodes is faster at reading, too."""
 
 
 class Interrupt:
@@ -70,6 +68,8 @@ class Model:
         self.config, self.shape = config, shape
         sessions = open_sessions(directory, options, packed)
         self._session, self._reader = sessions[DECODING], sessions.get(READING, sessions[DECODING])
+        self._wide_tokens = options.reading_tokens
+        """Shortest chunk for the session that reads: below it, the one that decodes is faster at reading, too."""
         self.slab = Slab(config, shape)
         self._decoders: dict[int, _Bound] = {}
         self._prefillers: dict[tuple[int, int, bool], _Bound] = {}
@@ -179,7 +179,7 @@ class Model:
         self._session = self._reader = None
 
     def _reading_binding(self, slot: int, prompts: int, tokens: int, wide: bool | None) -> _Bound:
-        wide = self.reads_apart and (tokens >= WIDE_TOKENS if wide is None else wide)
+        wide = self.reads_apart and (tokens >= self._wide_tokens if wide is None else wide)
         bound = self._prefillers.get((slot, prompts, wide))
         if bound is None:
             session = self._reader if wide else self._session

@@ -1,10 +1,12 @@
 """How much of a prompt one step may read while answers wait for their next token."""
 
-from runtime.model import PREFILL_TOKENS, WIDE_TOKENS
+from runtime.model import PREFILL_TOKENS
 from runtime.prefix import BLOCK_TOKENS
 
 PAUSE_S = 0.2
 """Longest wait that reading should put between two tokens of an answer."""
+LEAST_TOKENS = 32
+"""Of a step: fewer take hardly less time."""
 _NEWEST = 0.25
 """Weight of the newest step in the mean."""
 
@@ -21,8 +23,8 @@ class Pace:
         self._token_s += (token_s - self._token_s) * (_NEWEST if self._token_s else 1.0)
 
     def tokens(self) -> int:
-        """Whole blocks that PAUSE_S is enough for, from WIDE_TOKENS (fewer take hardly less) to PREFILL_TOKENS."""
+        """Whole blocks that PAUSE_S is enough for, from LEAST_TOKENS to PREFILL_TOKENS."""
         if not self._token_s:
             return PREFILL_TOKENS
         blocks = int(PAUSE_S / self._token_s) // BLOCK_TOKENS
-        return max(WIDE_TOKENS, min(PREFILL_TOKENS, blocks * BLOCK_TOKENS))
+        return max(LEAST_TOKENS, min(PREFILL_TOKENS, blocks * BLOCK_TOKENS))

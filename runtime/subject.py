@@ -11,7 +11,7 @@ from runtime.encoder import Encoder
 from runtime.golden import Judgement, judge_encoder, judge_model, read_embeddings, read_golden
 from runtime.golden_graph import golden_feeds, judge_graph, read_tensors_golden
 from runtime.graph import Graph
-from runtime.model import PREFILL_TOKENS, WIDE_TOKENS, Model
+from runtime.model import PREFILL_TOKENS, Model
 from runtime.slab import Shape
 from runtime.text import Text
 from runtime.ways import FLOAT_ACTIVATIONS, Way, other_attention, reading_sessions
@@ -38,8 +38,8 @@ class Subject(Protocol):
     def tokens_per_s(self) -> float:
         """The speed that a request sees when it is alone."""
 
-    def read_tokens_per_s(self) -> float:
-        """The speed of reading a long prompt."""
+    def read_tokens_per_s(self, piece_tokens: int = PREFILL_TOKENS) -> float:
+        """The speed of reading a long prompt, so many tokens at a time."""
 
     def reading_ways(self, *, apart: bool) -> list[tuple[Way, ...]]:
         """Other ways to read prompts that are worth a trial, of each group the first that is better; `apart`: by a
@@ -89,20 +89,20 @@ class DecoderSubject:
             token = int(self.model.decode([token], [length + step])[0].argmax())
         return MEASURED_TOKENS / (time.perf_counter() - began_s)
 
-    def read_tokens_per_s(self) -> float:
-        """Speed of reading a prompt of two chunks, whatever it says."""
+    def read_tokens_per_s(self, piece_tokens: int = PREFILL_TOKENS) -> float:
+        """Speed of reading a prompt of two chunks, whatever it says, in pieces."""
         count = min(MEASURED_PROMPT_TOKENS, self.model.shape.capacity - 1)
         prompt = ([token for vector in self.golden.vectors for token in vector.input_ids] * count)[:count]
         began_s = time.perf_counter()
-        for start in range(0, count, PREFILL_TOKENS):
-            self.model.prefill(0, prompt[start : start + PREFILL_TOKENS], start)
+        for start in range(0, count, piece_tokens):
+            self.model.prefill(0, prompt[start : start + piece_tokens], start)
         self.has_read = True
         return count / (time.perf_counter() - began_s)
 
     def reading_ways(self, *, apart: bool) -> list[tuple[Way, ...]]:
         """With the other attention, and by a session with other kernels or matrices where that may be right."""
         reads_so = FLOAT_ACTIVATIONS.items() <= self.options.session_config.items()
-        if not apart or reads_so or self.model.shape.capacity <= WIDE_TOKENS:
+        if not apart or reads_so or self.model.shape.capacity <= self.options.reading_tokens:
             return [(other_attention(self.options),)]
         return [(other_attention(self.options),), *reading_sessions(detect_cpu())]
 
@@ -128,8 +128,9 @@ class _Whole(ABC):
     def tokens_per_s(self) -> float:
         """By its kind."""
 
-    def read_tokens_per_s(self) -> float:
+    def read_tokens_per_s(self, piece_tokens: int = PREFILL_TOKENS) -> float:
         """It has one figure."""
+        del piece_tokens
         return self.tokens_per_s()
 
     def reading_ways(self, *, apart: bool) -> list[tuple[Way, ...]]:

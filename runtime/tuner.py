@@ -14,9 +14,10 @@ from pathlib import Path
 
 from runtime.golden import Judgement
 from runtime.memory import anonymous_bytes, trim_heap
+from runtime.model import PREFILL_TOKENS
 from runtime.providers import library_devices
 from runtime.subject import Subject
-from runtime.ways import SPINNING, Figure, Way, fewer_threads
+from runtime.ways import SPINNING, Figure, Way, fewer_threads, shorter_pieces
 from wire.errors import AmperageError
 from wire.serving import ExecutionOptions, Trial, TrialOutcome
 
@@ -89,6 +90,11 @@ class Tuner:
             continue
         if 1 < self.best.options.threads < threads:
             self.attempt(SPINNING)
+
+    def attempt_shorter_pieces(self) -> None:
+        """Shorter and shorter ones for the session that reads, as long as it is better at them."""
+        while (way := shorter_pieces(self.best.options)) is not None and self.attempt(way):
+            continue
 
     def attempt_provider(self, provider: str | None, library: str | None) -> bool:
         """The best way with another execution provider, which a `library` names itself when it is loaded."""
@@ -169,9 +175,10 @@ class Tuner:
 
         mine, others = in_turns((self.best, other), figure, is_over)
         ratio = figure.of(*others) / figure.of(*mine)
-        for row, speeds in ((self._best_row, mine), (len(self._rows) - 1, others)):
-            found = {"tokens_per_s": speeds[0], "read_tokens_per_s": speeds[1]}
-            self._rows[row] = self._rows[row].model_copy(update={k: v for k, v in found.items() if v == v})
+        if figure is not Figure.PIECES:  # which are slower than a whole prompt
+            for row, speeds in ((self._best_row, mine), (len(self._rows) - 1, others)):
+                found = {"tokens_per_s": speeds[0], "read_tokens_per_s": speeds[1]}
+                self._rows[row] = self._rows[row].model_copy(update={k: v for k, v in found.items() if v == v})
         self._rows[-1] = self._rows[-1].model_copy(update={"ratio": ratio})
         return "" if ratio > better_by else f"{ratio:.2f} times the speed of the best"
 
@@ -182,12 +189,15 @@ class Tuner:
 def in_turns(subjects: Sequence[Subject], figure: Figure, is_over: Callable[..., bool] | None = None) -> list[Speeds]:
     """Medians of every subject, nan for what `figure` does not ask; `is_over` is asked after every round about the
     samples of each."""
+    pieces = figure is Figure.PIECES
+    piece_tokens = min(subject.options.reading_tokens for subject in subjects) if pieces else PREFILL_TOKENS
     samples: list[list[Speeds]] = [[] for _ in subjects]
     until_s = time.perf_counter() + MEASURE_BUDGET_S
     for count in range(1, ROUNDS_MOST + 1):
         for subject, taken in zip(subjects, samples, strict=True):
-            decode = subject.tokens_per_s() if figure is not Figure.READ else math.nan
-            taken.append((decode, subject.read_tokens_per_s() if figure is not Figure.DECODE else math.nan))
+            decode = subject.tokens_per_s() if figure in (Figure.DECODE, Figure.BOTH) else math.nan
+            read = subject.read_tokens_per_s(piece_tokens) if figure is not Figure.DECODE else math.nan
+            taken.append((decode, read))
         is_late = count >= ROUNDS_LEAST and time.perf_counter() > until_s
         if is_late or (is_over is not None and is_over(*samples)):
             break

@@ -7,6 +7,8 @@ from enum import StrEnum
 from runtime.cpu import Cpu
 from wire.serving import ExecutionOptions, IntegerReading
 
+READING_TOKENS_LEAST = 4
+"""Where a session that reads is no longer asked whether it is better at shorter pieces, too."""
 PROMPT_SHARE = 0.8
 """Tokens of a typical request that are read; the rest are generated."""
 
@@ -21,12 +23,14 @@ class Figure(StrEnum):
     DECODE = "decode"
     READ = "read"
     BOTH = "both"
+    PIECES = "pieces"
+    """Reading in the shortest pieces of which either says that they are long."""
 
     def of(self, decode: float, read: float) -> float:
         """Tokens per second of generating, of reading, or of a request that does both."""
         if self is Figure.DECODE:
             return decode
-        return read if self is Figure.READ else 1 / (PROMPT_SHARE / read + (1 - PROMPT_SHARE) / decode)
+        return read if self in (Figure.READ, Figure.PIECES) else 1 / (PROMPT_SHARE / read + (1 - PROMPT_SHARE) / decode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,3 +101,11 @@ def fewer_threads(options: ExecutionOptions) -> Way | None:
     half = options.threads // 2
     change = {"threads": half, "spinning": options.spinning and half > 1}
     return Way(f"{half} thread{'s' if half > 1 else ''}", Figure.BOTH, change) if half else None
+
+
+def shorter_pieces(options: ExecutionOptions) -> Way | None:
+    """Half of what is a long piece to the session that reads; None where there is none, or hardly anything is left."""
+    half = options.reading_tokens // 2
+    if options.reading_config is None or half < READING_TOKENS_LEAST:
+        return None
+    return Way(f"it reads pieces of {half}, too", Figure.PIECES, {"reading_tokens": half})

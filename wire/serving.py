@@ -50,6 +50,8 @@ class ExecutionOptions(Command):
     reading_config: dict[str, str] | None = None
     """Settings of a second session that reads long pieces of prompts, with a packed copy of the weights of its own;
     None: one session does both."""
+    reading_tokens: Annotated[int, Field(ge=1, le=4096)] = 32
+    """From how many tokens on a piece is long."""
     integer_reading: IntegerReading | None = None
     """The matrices of that session which are 8-bit integers; None: it has those that decode."""
 

@@ -15,7 +15,8 @@ from runtime_fixtures import wait_for
 
 from runtime.engine import Engine
 from runtime.generation import Deliveries, Reason, deliver_directly
-from runtime.model import WIDE_TOKENS, Model
+from runtime.model import Model
+from runtime.pace import LEAST_TOKENS
 from runtime.sampling import Sampling
 from runtime.slab import Shape
 from runtime.stats import Stats
@@ -100,7 +101,7 @@ def test_chunks_are_short_while_somebody_waits_for_a_slow_model(
     joined = ask(engine, prompts(text)[3], 10)
     assert joined.wait().reason is Reason.LENGTH
     assert running.end is None, "the other was meant to be still running"
-    assert chunks == [20, *[WIDE_TOKENS] * 8, 17]
+    assert chunks == [20, *[LEAST_TOKENS] * 8, 17]
     check_greedy(reference, prompts(text)[3], joined.tokens)
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from runtime_fixtures import base_version
 
-from runtime.model import PREFILL_TOKENS, WIDE_TOKENS, Model
+from runtime.model import PREFILL_TOKENS, Model
 from runtime.session import NO_FLASH_VARIABLE
 from runtime.slab import Shape
 from runtime.ways import FLOAT_ACTIVATIONS
@@ -51,11 +51,16 @@ def test_both_sessions_read_a_chunk_alike_but_not_with_the_same_kernels(model: M
 
 
 @only_x86
-@pytest.mark.parametrize(("count", "wide"), [(WIDE_TOKENS - 1, False), (WIDE_TOKENS, True)])
-def test_the_length_of_a_chunk_chooses_its_session(model: Model, count: int, wide: bool) -> None:
-    tokens = prompt(count)
-    told = model.prefill(0, tokens, 0, wide=wide).copy()
-    assert np.array_equal(model.prefill(0, tokens, 0), told)
+@pytest.mark.parametrize("long", [32, 12])
+def test_the_length_of_a_chunk_chooses_its_session(long: int) -> None:
+    version = base_version()
+    options = ExecutionOptions(threads=1, reading_config=FLOAT_ACTIVATIONS, reading_tokens=long)
+    model = Model(version.directory, version.document.config, Shape(1, 512), options)
+    for count, wide in ((long - 1, False), (long, True)):
+        told, other = (model.prefill(0, prompt(count), 0, wide=so).copy() for so in (wide, not wide))
+        assert np.array_equal(model.prefill(0, prompt(count), 0), told)
+        assert not np.array_equal(told, other)
+    model.close()
 
 
 @only_x86

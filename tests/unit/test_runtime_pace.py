@@ -2,8 +2,8 @@
 
 import pytest
 
-from runtime.model import PREFILL_TOKENS, WIDE_TOKENS
-from runtime.pace import PAUSE_S, Pace
+from runtime.model import PREFILL_TOKENS
+from runtime.pace import LEAST_TOKENS, PAUSE_S, Pace
 
 
 def paced(tokens_per_s: float) -> Pace:
@@ -19,7 +19,7 @@ def test_unknown_model_gets_whole_chunks() -> None:
 
 @pytest.mark.parametrize(
     ("tokens_per_s", "tokens"),
-    [(10_000, PREFILL_TOKENS), (100 / PAUSE_S, 96), (50 / PAUSE_S, 48), (1, WIDE_TOKENS)],
+    [(10_000, PREFILL_TOKENS), (100 / PAUSE_S, 96), (50 / PAUSE_S, 48), (1, LEAST_TOKENS)],
 )
 def test_chunk_is_what_fits_into_the_pause(tokens_per_s: float, tokens: int) -> None:
     assert paced(tokens_per_s).tokens() == tokens

@@ -15,11 +15,14 @@ from runtime_fixtures import base_version
 
 from runtime.cpu import Cpu
 from runtime.golden import Judgement
+from runtime.model import PREFILL_TOKENS
 from runtime.subject import MEASURED_PROMPT_TOKENS, MEASURED_TOKENS, DecoderSubject, load_subject
 from runtime.tuner import ROUNDS_MOST, Tuner, is_plain
 from runtime.ways import (
     BFLOAT16,
     FLOAT_EVERYWHERE,
+    READING_SESSION,
+    READING_TOKENS_LEAST,
     SPINNING,
     TILED_ATTENTION,
     WHOLE_ATTENTION,
@@ -30,6 +33,7 @@ from runtime.ways import (
     kernel_ways,
     other_attention,
     remedies,
+    shorter_pieces,
     usual,
 )  # fmt: skip
 from wire.errors import Code, DeployError
@@ -49,6 +53,7 @@ class Bench:
 
     decode: Callable[[ExecutionOptions], float] = lambda options: 10.0
     read: Callable[[ExecutionOptions], float] = lambda options: 100.0
+    pieces: Callable[[ExecutionOptions, int], float] = lambda options, tokens: 50.0
     fault: Callable[[ExecutionOptions], str] = lambda options: ""
     error: Callable[[ExecutionOptions], float] = lambda options: 0.01
     packed: float = 1.0
@@ -80,7 +85,9 @@ class Simulated:
     def tokens_per_s(self) -> float:
         return self.factor * self.bench.decode(self.options)
 
-    def read_tokens_per_s(self) -> float:
+    def read_tokens_per_s(self, piece_tokens: int = PREFILL_TOKENS) -> float:
+        if piece_tokens < PREFILL_TOKENS:
+            return self.bench.pieces(self.options, piece_tokens)
         return self.factor * self.bench.read(self.options)
 
     def reading_ways(self, *, apart: bool) -> list[Way]:
@@ -258,6 +265,33 @@ def test_threads_that_lose_asleep_are_tried_spinning_before_one_is() -> None:
     tuner.attempt_threads()
     assert (tuner.best.options.threads, tuner.best.options.spinning) == (2, True)
     assert outcomes(tuner) == {"as it comes": BEATEN, "spinning threads": CHOSEN, "1 thread": BEATEN}
+
+
+@pytest.mark.parametrize(("better_from", "kept"), [(32, 32), (8, 8), (1, READING_TOKENS_LEAST)])
+def test_session_that_reads_gets_the_pieces_at_which_it_is_better(better_from: int, kept: int) -> None:
+    def speed(options: ExecutionOptions, tokens: int) -> float:
+        by_it = options.reading_config is not None and tokens >= options.reading_tokens
+        return 60.0 if by_it == (tokens >= better_from) else 50.0
+
+    bench = Bench(read=lambda options: 100.0 if options.reading_config is None else 200.0, pieces=speed)
+    tuner = tuner_on(bench)
+    tuner.attempt_shorter_pieces()
+    assert len(tuner.trials) == 1, "nothing to ask about where one session does both"
+    assert tuner.attempt(READING_SESSION)
+    tuner.attempt_shorter_pieces()
+    assert tuner.best.options.reading_tokens == kept
+    assert bench.loaded == 1
+    assert tuner.trials[1].read_tokens_per_s == 200.0, "the table tells the speed of long pieces"
+    assert {trial.read_tokens_per_s for trial in tuner.trials[2:]} == {None}
+
+
+def test_pieces_are_halved_down_to_a_few_tokens() -> None:
+    options = READING_SESSION.applied(OPTIONS)
+    lengths = [options.reading_tokens]
+    while (way := shorter_pieces(options)) is not None:
+        options = way.applied(options)
+        lengths.append(options.reading_tokens)
+    assert lengths == [32, 16, 8, 4]
 
 
 def test_one_thread_does_not_spin() -> None:
